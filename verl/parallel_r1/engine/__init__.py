@@ -1,0 +1,1 @@
+"""Where training runs: the CPU platform and the FSDP engine."""

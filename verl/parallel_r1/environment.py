@@ -1,0 +1,25 @@
+"""Environment variables that verl, vLLM and Ray need before they are imported."""
+
+from __future__ import annotations
+
+import os
+
+CPU = {
+    "VERL_PLATFORM": "cpu",
+    "OMP_NUM_THREADS": "1",  # one thread per process: trainer and engine take turns on few cores
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+ALWAYS = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "HYDRA_FULL_ERROR": "1",
+}
+
+
+def prepare(device: str) -> None:
+    """Set the defaults for ``device`` ("cpu" or "cuda"); a variable that the user has set wins."""
+    for name, value in {**ALWAYS, **(CPU if device == "cpu" else {})}.items():
+        os.environ.setdefault(name, value)

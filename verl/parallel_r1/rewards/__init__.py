@@ -1,0 +1,1 @@
+"""Grading, reward recipes and their schedule."""

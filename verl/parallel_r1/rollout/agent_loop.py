@@ -1,0 +1,91 @@
+"""verl agent loop that decodes with :class:`parallel_r1.rollout.fork_join.ForkJoin`.
+
+Named ``parallel`` in ``configs/agent_loops.yaml``; select it with
+``actor_rollout_ref.rollout.agent.default_agent_loop=parallel``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from omegaconf import OmegaConf
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
+from verl.utils.profiler import simple_timer
+
+from parallel_r1.config import ParallelConfig
+from parallel_r1.rollout.fork_join import ForkJoin, Sampled
+from parallel_r1.tags import tag_ids
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> list[int]:
+    """Ids that end a response: the tokenizer's end of text and those of the model's generation config."""
+    ids = {tokenizer.eos_token_id}
+    if (Path(model_path) / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
+        ids.update(eos if isinstance(eos, list) else [eos])
+    return sorted(i for i in ids if i is not None)
+
+
+@lru_cache(maxsize=4)
+def fork_join(
+    tokenizer: PreTrainedTokenizerBase, model_path: str, config: ParallelConfig, max_response_tokens: int
+) -> ForkJoin:
+    """The state machine for one tokenizer and configuration; one per process, as agent loops live for one sample."""
+    return ForkJoin(
+        tag_ids(tokenizer),
+        config.rollout,
+        join_ids=tokenizer.encode(config.rollout.join_text, add_special_tokens=False),
+        end_ids=end_ids(tokenizer, model_path),
+        max_response_tokens=max_response_tokens,
+    )
+
+
+class ParallelAgentLoop(AgentLoopBase):
+    """One sample: prompt -> fork/join decoding -> response ids, mask (0 on inserted tokens) and engine log-probs."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = ParallelConfig.from_mapping(OmegaConf.to_container(self.config.parallel_r1))
+        self.machine = fork_join(
+            self.tokenizer, self.config.actor_rollout_ref.model.path, config, self.rollout_config.response_length
+        )
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        prompt_ids = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
+        versions: list[int] = []
+
+        async def generate(prefix: list[int], sampling: dict[str, Any]) -> Sampled:
+            output = await self.server_manager.generate(
+                request_id=uuid4().hex, prompt_ids=prefix, sampling_params=sampling
+            )
+            if output.extra_fields.get("global_steps") is not None:
+                versions.append(output.extra_fields["global_steps"])
+            token_ids = list(output.token_ids)
+            log_probs = list(output.log_probs) if output.log_probs else [0.0] * len(token_ids)
+            return Sampled(token_ids, log_probs)
+
+        timing: dict[str, float] = {}
+        with simple_timer("generate_sequences", timing):
+            rollout = await self.machine.run(generate, prompt_ids, sampling_params)
+        return AgentLoopOutput(
+            prompt_ids=prompt_ids,
+            response_ids=rollout.token_ids,
+            response_mask=rollout.mask,
+            response_logprobs=rollout.log_probs if sampling_params.get("logprobs") else None,
+            num_turns=2,
+            metrics=AgentLoopMetrics(generate_sequences=timing["generate_sequences"]),
+            extra_fields={
+                "min_global_steps": min(versions, default=None),
+                "max_global_steps": max(versions, default=None),
+                "turn_scores": [],
+                "tool_rewards": [],
+                "truncated": rollout.truncated,
+                "forced_closers": rollout.forced_closers,
+                "spans": [asdict(span) for span in rollout.spans],
+            },
+        )

@@ -1,0 +1,1 @@
+"""Cold-start SFT and RL on verl's trainers."""

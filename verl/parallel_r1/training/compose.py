@@ -1,0 +1,58 @@
+"""Compose a training configuration: a file of ``configs/`` on top of verl's own, plus Hydra overrides."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from parallel_r1.config import ParallelConfig
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be composed; the message is one line."""
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """``configs/<name>.yaml`` with ``overrides`` (Hydra's ``key=value``).
+
+    Raises:
+        ConfigError: unknown file or key, or a value that ``parallel_r1`` refuses.
+    """
+    if not (CONFIGS / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"no configuration {name!r} in {CONFIGS}; there are {known}")
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base=None, job_name="parallel_r1"):
+            config = hydra_compose(name, ["hydra.searchpath=[pkg://verl.trainer.config]", *overrides])
+        if "parallel_r1" in config:
+            ParallelConfig.from_mapping(OmegaConf.to_container(config.parallel_r1, resolve=True))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"configuration {name!r} with {list(overrides)}: {reason}") from error
+    return config
+
+
+def from_command_line() -> DictConfig:
+    """The configuration that ``python -m parallel_r1.training.… NAME [key=value …]`` asks for; exits 2 with one line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        sys.exit(f"usage: python -m {_module()} CONFIG [key=value ...]   (CONFIG: a file of {CONFIGS}, without .yaml)")
+    try:
+        return compose(arguments[0], arguments[1:])
+    except ConfigError as error:
+        print(f"{_module()}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else Path(sys.argv[0]).name
