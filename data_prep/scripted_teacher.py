@@ -4,8 +4,8 @@ Each block holds two genuinely different routes, adding from the left and adding
 random, because paths that are decoded concurrently all start from the same prefix: a model that always wrote the left
 route first would write it in every path.
 
-Three kinds of trace, so that the share and the place of blocks can change in training: *explore* (block first),
-*verify* (one route in the open, then a block) and *plain* (one route, no block).
+Two kinds of trace, so that the share of responses with a block can change in training: *parallel* (a block) and
+*plain* (one route, no block).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from parallel_r1.format import check
 from parallel_r1.rewards.grading import grade
 
-KINDS = {"explore": 0.6, "verify": 0.2, "plain": 0.2}
+KINDS = {"parallel": 0.75, "plain": 0.25}
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def write_trace(terms: tuple[int, int, int], rng: random.Random) -> Trace:
         f"<Parallel><Path>{routes[0]}</Path><Path>{routes[1]}</Path></Parallel>\n"
         f"<Summary>Both give {total}.</Summary>\n"
     )
-    before = {"explore": "Try two ways.\n", "verify": f"{routes[0]}. Check.\n", "plain": f"{routes[0]}.\n"}[kind]
-    text = f"{before}{block if kind != 'plain' else ''}Final Answer: {total}"
+    work = f"Try two ways.\n{block}" if kind == "parallel" else f"{routes[0]}.\n"
+    text = f"{work}Final Answer: {total}"
     violations = check(text)
     verdict = grade(text.rpartition("</Summary>")[2], str(total))
     if violations or not verdict.correct or routes[0] == routes[1]:

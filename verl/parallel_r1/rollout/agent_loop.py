@@ -6,43 +6,22 @@ Named ``parallel`` in ``configs/agent_loops.yaml``; select it with
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from omegaconf import OmegaConf
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 from verl.utils.profiler import simple_timer
 
 from parallel_r1.config import ParallelConfig
-from parallel_r1.rollout.fork_join import ForkJoin, Sampled
-from parallel_r1.tags import tag_ids
-
-
-def end_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> list[int]:
-    """Ids that end a response: the tokenizer's end of text and those of the model's generation config."""
-    ids = {tokenizer.eos_token_id}
-    if (Path(model_path) / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
-        ids.update(eos if isinstance(eos, list) else [eos])
-    return sorted(i for i in ids if i is not None)
+from parallel_r1.rollout.fork_join import ForkJoin, Sampled, Segment
 
 
 @lru_cache(maxsize=4)
-def fork_join(
-    tokenizer: PreTrainedTokenizerBase, model_path: str, config: ParallelConfig, max_response_tokens: int
-) -> ForkJoin:
-    """The state machine for one tokenizer and configuration; one per process, as agent loops live for one sample."""
-    return ForkJoin(
-        tag_ids(tokenizer),
-        config.rollout,
-        join_ids=tokenizer.encode(config.rollout.join_text, add_special_tokens=False),
-        end_ids=end_ids(tokenizer, model_path),
-        max_response_tokens=max_response_tokens,
-    )
+def _machine(*arguments: Any) -> ForkJoin:
+    """One state machine per process and configuration: agent loops live for one sample only."""
+    return ForkJoin.for_model(*arguments)
 
 
 class ParallelAgentLoop(AgentLoopBase):
@@ -51,15 +30,14 @@ class ParallelAgentLoop(AgentLoopBase):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = ParallelConfig.from_mapping(OmegaConf.to_container(self.config.parallel_r1))
-        self.machine = fork_join(
-            self.tokenizer, self.config.actor_rollout_ref.model.path, config, self.rollout_config.response_length
-        )
+        model_path = self.config.actor_rollout_ref.model.path
+        self.machine = _machine(self.tokenizer, model_path, config.rollout, self.rollout_config.response_length)
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         prompt_ids = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
         versions: list[int] = []
 
-        async def generate(prefix: list[int], sampling: dict[str, Any]) -> Sampled:
+        async def generate(prefix: list[int], sampling: dict[str, Any], segment: Segment) -> Sampled:
             output = await self.server_manager.generate(
                 request_id=uuid4().hex, prompt_ids=prefix, sampling_params=sampling
             )
@@ -86,6 +64,6 @@ class ParallelAgentLoop(AgentLoopBase):
                 "tool_rewards": [],
                 "truncated": rollout.truncated,
                 "forced_closers": rollout.forced_closers,
-                "spans": [asdict(span) for span in rollout.spans],
+                "spans": [(*span.segment, span.start, span.end) for span in rollout.spans],
             },
         )

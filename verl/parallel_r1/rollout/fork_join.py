@@ -14,13 +14,18 @@ Source: Parallel-R1 (arXiv 2509.07980), section 3.2.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parallel_r1.config import RolloutConfig
-from parallel_r1.tags import TagIds
+from parallel_r1.tags import TagIds, tag_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORBIDDEN = -100.0  # logit bias that the sampler cannot overcome
 
@@ -33,17 +38,23 @@ class Sampled:
     log_probs: list[float]
 
 
-Generate = Callable[[list[int], dict[str, Any]], Awaitable[Sampled]]
-"""``(token ids of the prefix, vLLM sampling parameters) -> Sampled``."""
+class Segment(NamedTuple):
+    """What one request decodes: "trunk", "path" or "summary", in or after which block, and which path of it."""
+
+    kind: str
+    block: int
+    path: int = 0
+
+
+Generate = Callable[[list[int], dict[str, Any], Segment], Awaitable[Sampled]]
+"""``(token ids of the prefix, vLLM sampling parameters, segment) -> Sampled``."""
 
 
 @dataclass(frozen=True)
 class Span:
     """One request: what it decoded and when (seconds of ``time.monotonic``)."""
 
-    kind: str  # "trunk" | "path" | "summary"
-    block: int
-    path: int
+    segment: Segment
     start: float
     end: float
 
@@ -107,6 +118,24 @@ class ForkJoin:
         self._join_cost = 1 + len(self.join_ids) + 1  # </Parallel>, join text, <Summary>
         self._inside = [tags.path_open, tags.parallel_open, tags.parallel_close, *self.end_ids]
 
+    @classmethod
+    def for_model(
+        cls, tokenizer: PreTrainedTokenizerBase, model_path: str, config: RolloutConfig, max_response_tokens: int
+    ) -> ForkJoin:
+        """The state machine for a model: a response ends at the end-of-text ids of tokenizer and generation config."""
+        ends = {tokenizer.eos_token_id}
+        generation = Path(model_path) / "generation_config.json"
+        if generation.is_file():
+            eos = json.loads(generation.read_text()).get("eos_token_id")
+            ends.update(eos if isinstance(eos, list) else [eos])
+        return cls(
+            tag_ids(tokenizer),
+            config,
+            join_ids=tokenizer.encode(config.join_text, add_special_tokens=False),
+            end_ids=sorted(ends - {None}),
+            max_response_tokens=max_response_tokens,
+        )
+
     async def run(self, generate: Generate, prompt_ids: Sequence[int], sampling: dict[str, Any]) -> Rollout:
         """Decode one response to ``prompt_ids`` with ``sampling`` (temperature, top_p, ...) in every segment."""
         prompt, out, blocks = list(prompt_ids), Rollout(), 0
@@ -119,9 +148,8 @@ class ForkJoin:
             if blocks >= self.config.max_blocks:
                 forbidden.append(self.tags.parallel_open)
             request = self._request(sampling, room, stop=self.tags.parallel_open, forbid=forbidden)
-            sampled, span = await _timed(generate, prompt + out.token_ids, request, "trunk", blocks, 0)
+            sampled = await self._decode(generate, prompt + out.token_ids, request, Segment("trunk", blocks), out)
             out.append(sampled)
-            out.spans.append(span)
             last = sampled.token_ids[-1] if sampled.token_ids else None
             if last != self.tags.parallel_open:
                 out.truncated = last not in self.end_ids
@@ -144,20 +172,27 @@ class ForkJoin:
         prefix = [*prompt, *out.token_ids, self.tags.path_open]
         request = self._request(sampling, budget, stop=self.tags.path_close, forbid=self._inside)
         results = await asyncio.gather(
-            *(_timed(generate, prefix, request, "path", block, path) for path in range(paths))
+            *(self._decode(generate, prefix, request, Segment("path", block, path), out) for path in range(paths))
         )
-        for sampled, span in results:
+        for sampled in results:
             out.insert(self.tags.path_open)
             self._append_closed(out, sampled, self.tags.path_close)
-            out.spans.append(span)
         out.insert(self.tags.parallel_close, *self.join_ids, self.tags.summary_open)
 
         budget = min(self.config.max_summary_tokens, self.max_response_tokens - len(out.token_ids) - 1)
         request = self._request(sampling, budget, stop=self.tags.summary_close, forbid=self._inside)
-        sampled, span = await _timed(generate, prompt + out.token_ids, request, "summary", block, 0)
+        sampled = await self._decode(generate, prompt + out.token_ids, request, Segment("summary", block), out)
         self._append_closed(out, sampled, self.tags.summary_close)
-        out.spans.append(span)
         return True
+
+    @staticmethod
+    async def _decode(
+        generate: Generate, prefix: list[int], request: dict[str, Any], segment: Segment, out: Rollout
+    ) -> Sampled:
+        start = time.monotonic()
+        sampled = await generate(list(prefix), dict(request), segment)
+        out.spans.append(Span(segment, start, time.monotonic()))
+        return sampled
 
     def _append_closed(self, out: Rollout, sampled: Sampled, closer: int) -> None:
         out.append(sampled)
@@ -172,11 +207,3 @@ class ForkJoin:
             "stop_token_ids": [stop],
             "logit_bias": dict.fromkeys(forbid, FORBIDDEN),
         }
-
-
-async def _timed(
-    generate: Generate, prefix: list[int], request: dict[str, Any], kind: str, block: int, path: int
-) -> tuple[Sampled, Span]:
-    start = time.monotonic()
-    sampled = await generate(list(prefix), dict(request))
-    return sampled, Span(kind, block, path, start, time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     if not (CONFIGS / f"{name}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise ConfigError(f"no configuration {name!r} in {CONFIGS}; there are {known}")
+    os.environ.setdefault("PARALLEL_R1_ROOT", str(CONFIGS.parent))  # configurations name files of the repository by it
     try:
         with initialize_config_dir(str(CONFIGS), version_base=None, job_name="parallel_r1"):
             config = hydra_compose(name, ["hydra.searchpath=[pkg://verl.trainer.config]", *overrides])
