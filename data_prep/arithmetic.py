@@ -1,10 +1,10 @@
-"""Sums of three numbers from reasoning-gym: training and held-out problems, and cold-start traces for them.
+"""Sums of two numbers from reasoning-gym: training and held-out problems, and cold-start traces for them.
 
-    python data_prep/arithmetic.py --out runs/quickstart/data --train 12000 --heldout 1024 --seed 1
+    python data_prep/arithmetic.py --out runs/quickstart/data --train 2400 --heldout 768 --seed 1
 
 Writes ``train.parquet`` and ``heldout.parquet`` (verl's schema), ``cold_start.parquet`` (columns ``prompt``,
 ``response``; a trace for every training problem) and ``manifest.json``. The two sets share no problem: a problem is
-its multiset of terms, so ``3 + 4 + 5`` and ``5 + 3 + 4`` count as one.
+its unordered terms, so ``57 + 68`` and ``68 + 57`` count as one.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ TASK = {
     "operators": ["+"],
     "allow_parentheses": False,
     "allow_negation": False,
-    "min_terms": 3,
-    "max_terms": 3,
-    "min_digits": 1,
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 2,
     "max_digits": 2,
 }
 CHUNK = 4096  # problems drawn at a time
 
 
 def draw_problems(count: int, seed: int) -> list[dict]:
-    """``count`` problems with distinct multisets of terms, in the order in which they were drawn.
+    """``count`` problems with distinct unordered terms, in the order in which they were drawn.
+
+    Only terms from 11 to 99 that do not end in 0: the teacher's two routes take a number apart into tens and ones.
 
     Raises:
         ValueError: the task does not have that many distinct problems.
@@ -47,7 +49,7 @@ def draw_problems(count: int, seed: int) -> list[dict]:
         before = len(problems)
         for entry in chunk:
             terms = tuple(int(term) for term in entry["metadata"]["expression"].split(" + "))
-            if len(set(terms)) > 1:  # with three equal terms both routes would read the same
+            if all(term > 10 and term % 10 for term in terms):
                 problems.setdefault(tuple(sorted(terms)), {**entry, "terms": terms})
         drawn += CHUNK
         if len(problems) - before < CHUNK // 100:
@@ -107,8 +109,8 @@ def build(out: Path, *, train: int, heldout: int, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--train", type=int, default=12_000, help="training problems, each with a trace")
-    parser.add_argument("--heldout", type=int, default=1024, help="held-out problems")
+    parser.add_argument("--train", type=int, default=2400, help="training problems, each with a trace")
+    parser.add_argument("--heldout", type=int, default=768, help="held-out problems")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     try:

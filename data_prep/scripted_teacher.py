@@ -1,8 +1,8 @@
-"""A scripted teacher: parallel-thinking traces for sums of three numbers.
+"""A scripted teacher: parallel-thinking traces for sums of two numbers of two digits.
 
-Each block holds two genuinely different routes, adding from the left and adding from the right. Their order is drawn at
-random, because paths that are decoded concurrently all start from the same prefix: a model that always wrote the left
-route first would write it in every path.
+Each block holds two genuinely different routes: adding the tens and then the ones of the second number, or adding tens to
+tens and ones to ones. Their order is drawn at random, because paths that are decoded concurrently all start from the same
+prefix: a model that always wrote the same route first would write it in every path.
 
 Two kinds of trace, so that the share of responses with a block can change in training: *parallel* (a block) and
 *plain* (one route, no block).
@@ -27,29 +27,33 @@ class Trace:
     kind: str
 
 
-def left_to_right(a: int, b: int, c: int) -> str:
-    return f"{a}+{b}={a + b}, {a + b}+{c}={a + b + c}"
+def step_by_step(a: int, b: int) -> str:
+    """57 + 68: 57+60=117, 117+8=125."""
+    tens, ones = b // 10 * 10, b % 10
+    return f"{a}+{tens}={a + tens}, {a + tens}+{ones}={a + b}"
 
 
-def right_to_left(a: int, b: int, c: int) -> str:
-    return f"{b}+{c}={b + c}, {a}+{b + c}={a + b + c}"
+def by_place_value(a: int, b: int) -> str:
+    """57 + 68: 50+60=110, 7+8=15, 110+15=125."""
+    tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
+    return f"{a // 10 * 10}+{b // 10 * 10}={tens}, {a % 10}+{b % 10}={ones}, {tens}+{ones}={a + b}"
 
 
-def write_trace(terms: tuple[int, int, int], rng: random.Random) -> Trace:
-    """A checked trace for ``a + b + c``.
+def write_trace(terms: tuple[int, int], rng: random.Random) -> Trace:
+    """A checked trace for ``a + b``.
 
     Raises:
         AssertionError: the trace fails the format or the answer check; a bug in this file.
     """
     total = sum(terms)
-    routes = [left_to_right(*terms), right_to_left(*terms)]
+    routes = [step_by_step(*terms), by_place_value(*terms)]
     rng.shuffle(routes)
     kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
     block = (
         f"<Parallel><Path>{routes[0]}</Path><Path>{routes[1]}</Path></Parallel>\n"
         f"<Summary>Both give {total}.</Summary>\n"
     )
-    work = f"Try two ways.\n{block}" if kind == "parallel" else f"{routes[0]}.\n"
+    work = f"Two ways.\n{block}" if kind == "parallel" else f"{routes[0]}.\n"
     text = f"{work}Final Answer: {total}"
     violations = check(text)
     verdict = grade(text.rpartition("</Summary>")[2], str(total))

@@ -6,9 +6,11 @@ import os
 
 CPU = {
     "VERL_PLATFORM": "cpu",
-    "OMP_NUM_THREADS": "1",  # one thread per process: trainer and engine take turns on few cores
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),  # trainer and engine take turns, so each may use all cores
+    "OMP_WAIT_POLICY": "passive",  # idle threads sleep instead of spinning on cores that others need
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # with the "uni" executor: no worker process beside the engine's
 }
 ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -50,7 +49,7 @@ class Settings:
 def settings(seed: int, smoke: bool) -> Settings:
     if smoke:
         return Settings(seed, 256, 32, 4, 4, 3, 2, 4)
-    return Settings(seed, 12_000, 1024, 400, 50, 31, 10, 32)
+    return Settings(seed, 2400, 768, 300, 40, 21, 10, 16)
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,6 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
     sft = out / "sft" / f"global_step_{s.sft_steps}" / "huggingface"
     rl = out / "rl" / f"global_step_{s.rl_steps}" / "actor" / "huggingface"
     seed = str(s.seed)
-    all_cores = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 
     def evaluate(name: str, checkpoint: Path) -> Stage:
         command = [python, "-m", "parallel_r1.evaluation.generate", "quickstart_rl", "--model", str(checkpoint)]
@@ -105,7 +103,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             200,
             metrics="sft",
             steps=s.sft_steps,
-            environment=CPU | all_cores,
+            environment=CPU,
         ),
         Stage(
             "rl",

@@ -86,10 +86,11 @@ async def generate_samples(
             dtype=rollout_config.dtype,
             max_model_len=max_model_len,
             max_num_seqs=rollout_config.max_num_seqs,
-            max_num_batched_tokens=max(rollout_config.max_num_batched_tokens, max_model_len),
+            # room for every prompt at once: a seeded request that is prefilled in parts crashes vLLM's CPU engine
+            max_num_batched_tokens=rollout_config.max_num_seqs * max_model_len,
             enforce_eager=rollout_config.enforce_eager,
-            enable_chunked_prefill=False,  # a seeded request that is prefilled in parts crashes vLLM's CPU engine
             generation_config="vllm",
+            distributed_executor_backend="uni" if config.trainer.device == "cpu" else None,
             disable_log_stats=True,
             seed=seed,
         )

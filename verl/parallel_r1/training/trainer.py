@@ -103,7 +103,7 @@ class ParallelTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         keys = self._real_keys(batch)
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields", "rm_scores"])
-        infos = [fields["reward_extra_info"] for fields in data["extra_fields"].tolist()]
+        infos = [fields["reward_extra_info"] for fields in _objects(data["extra_fields"])]
         scores = [float(row.sum()) for row in data["rm_scores"].unbind()]
         metrics.update(rollout_metrics(infos, scores))
         metrics["reward/phase"] = int(phase(global_steps, self.parallel.reward))
@@ -115,7 +115,7 @@ class ParallelTrainer(PPOTrainerSync):
         columns = {name: data[name].unbind() for name in ("prompts", "responses", "rm_scores")}
         lines = []
         for i, (key, reward_model, extra) in enumerate(
-            zip(keys, data["reward_model"].tolist(), data["extra_fields"].tolist(), strict=True)
+            zip(keys, _objects(data["reward_model"]), _objects(data["extra_fields"]), strict=True)
         ):
             row = {
                 "uid": key,
@@ -136,6 +136,11 @@ class ParallelTrainer(PPOTrainerSync):
     def _real_keys(batch: KVBatchMeta) -> list[str]:
         """Keys of ``batch`` without the copies that verl appends as padding."""
         return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+
+
+def _objects(column: Any) -> list[Any]:
+    """A non-tensor column as plain objects; TransferQueue returns a list of objects or of tensordict wrappers."""
+    return [getattr(value, "data", value) for value in list(column)]
 
 
 class ParallelTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
