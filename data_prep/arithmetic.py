@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 import reasoning_gym
+
 from scripted_teacher import write_trace
 
 TASK = {

@@ -1,8 +1,8 @@
 """A scripted teacher: parallel-thinking traces for sums of two numbers of two digits.
 
-Each block holds two genuinely different routes: adding the tens and then the ones of the second number, or adding tens to
-tens and ones to ones. Their order is drawn at random, because paths that are decoded concurrently all start from the same
-prefix: a model that always wrote the same route first would write it in every path.
+Each block holds two genuinely different routes: adding the tens and then the ones of the second number, or adding
+tens to tens and ones to ones. Their order is drawn at random, because paths that are decoded concurrently all start
+from the same prefix: a model that always wrote the same route first would write it in every path.
 
 Two kinds of trace, so that the share of responses with a block can change in training: *parallel* (a block) and
 *plain* (one route, no block).

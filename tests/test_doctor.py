@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from parallel_r1 import doctor
 from parallel_r1.doctor import GIB, Check
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+
 from parallel_r1.evaluation import metrics as metrics_module
 from parallel_r1.evaluation.metrics import Interval, bootstrap_mean, paired_gain, read_samples, summarise
-from scipy import stats
 
 
 def make_sample(index=0, sample=0, **changes):

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from parallel_r1.report.plots import load_training_metrics
 from parallel_r1.supervise import StageError, run_stage
 
@@ -240,7 +240,9 @@ def test_paths_of_a_block_overlap_in_time_and_land_in_order(smoke: Run) -> None:
                 continue
             blocks += 1
             paths = [spans["path", block, k] for k in range(2)]
-            assert max(start for start, _ in paths) < min(end for _, end in paths)  # all paths were in the engine at once
+            assert max(start for start, _ in paths) < min(
+                end for _, end in paths
+            )  # all paths were in the engine at once
             assert spans["trunk", block, 0][1] <= min(start for start, _ in paths)
             assert max(end for _, end in paths) <= spans["summary", block, 0][0]
     assert blocks >= 3, "too few blocks to tell"
@@ -253,7 +255,11 @@ def test_a_broken_weight_sync_is_caught(smoke: Run, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "parallel_r1.training.rl", "quickstart_rl"]
     command += [f"data.{name}_files={smoke.out / 'data' / 'train.parquet'}" for name in ("train", "val")]
     command += [f"actor_rollout_ref.model.path={smoke.out / 'sft' / 'global_step_4' / 'huggingface'}"]
-    command += [f"trainer.default_local_dir={tmp_path / 'rl'}", "trainer.save_freq=-1", "trainer.total_training_steps=3"]
+    command += [
+        f"trainer.default_local_dir={tmp_path / 'rl'}",
+        "trainer.save_freq=-1",
+        "trainer.total_training_steps=3",
+    ]
     command += ["data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4"]
     command += ["actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=broken_sync.NoReload"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -285,4 +291,6 @@ def test_a_dead_engine_ends_the_run_with_a_clear_error(smoke: Run) -> None:
 @pytest.mark.timeout(120)
 def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no progress"):
-        run_stage("hang", [sys.executable, "-c", "import time; time.sleep(99)"], log=tmp_path / "log", deadline=90, stall=2)
+        run_stage(
+            "hang", [sys.executable, "-c", "import time; time.sleep(99)"], log=tmp_path / "log", deadline=90, stall=2
+        )

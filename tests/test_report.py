@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+
 from parallel_r1.report import plots, replacing
 from parallel_r1.report.plots import TrainingMetrics, load_training_metrics, plot_training, smooth
 from parallel_r1.report.report import fence, headline, pick_rollouts, write_report

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from parallel_r1 import supervise
 from parallel_r1.supervise import RunLock, RunLockError, StageError, StageResult, clean_up_after_crash, run_stage
 

@@ -145,7 +145,8 @@ class Progress:
             print(f"\r\033[K{line}", end="", flush=True)
 
     def end(self, seconds: float) -> None:
-        print(f"{'\r\033[K' if self.live else ''}{self.head}: done in {_minutes(seconds)}", flush=True)
+        self.clear()
+        print(f"{self.head}: done in {_minutes(seconds)}", flush=True)
 
     def clear(self) -> None:
         if self.live:
@@ -186,9 +187,7 @@ def run(out: Path, s: Settings, *, stall: float, deadline: float, overrides: Seq
     return _report(out, s, chain, overrides)
 
 
-def _run(
-    stage: Stage, metrics: Path, logs: Path, progress: Progress, *, stall: float, deadline: float
-) -> StageResult:
+def _run(stage: Stage, metrics: Path, logs: Path, progress: Progress, *, stall: float, deadline: float) -> StageResult:
     log = logs / f"{stage.name}.log"
     environment = dict(stage.environment or {})
     count: Callable[[], int] = lambda: count_lines(metrics, stage.metrics) if stage.metrics else 0  # noqa: E731
@@ -267,7 +266,9 @@ def open_folder(out: Path, s: Settings, overrides: Sequence[str]) -> None:
         return
     foreign = [entry.name for entry in out.iterdir() if entry.name not in (".lock", "logs")]
     if foreign:
-        raise ValueError(f"{out} holds files but no run ({', '.join(sorted(foreign)[:3])}, …); use --out with another folder")
+        raise ValueError(
+            f"{out} holds files but no run ({', '.join(sorted(foreign)[:3])}, …); use --out with another folder"
+        )
     commit, versions = record.git_commit(ROOT), record.package_versions()
     _write_json(path, wanted | {"commit": commit, "versions": versions, "machine": record.machine(), "started": _now()})
     for name in ("quickstart_sft", "quickstart_rl"):
@@ -311,7 +312,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="the same chain with minimal steps, for tests")
     parser.add_argument("--fresh", action="store_true", help="delete the run in the folder and start over")
-    parser.add_argument("--stall", type=float, default=240, help="seconds without progress after which a stage is ended")
+    parser.add_argument(
+        "--stall", type=float, default=240, help="seconds without progress after which a stage is ended"
+    )
     parser.add_argument("--deadline", type=float, default=1800, help="seconds after which a stage is ended")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the RL stage, key=value")
     args = parser.parse_args()

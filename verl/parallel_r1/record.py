@@ -9,11 +9,21 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("parallel-r1", "verl", "vllm", "torch", "transformers", "ray", "TransferQueue", "tensordict", "reasoning-gym")
+PACKAGES = (
+    "parallel-r1",
+    "verl",
+    "vllm",
+    "torch",
+    "transformers",
+    "ray",
+    "TransferQueue",
+    "tensordict",
+    "reasoning-gym",
+)
 
 
 def git_commit(folder: Path) -> str:
-    """Commit of the checkout around ``folder``, with "-dirty" where tracked files differ from it; "unknown" without git."""
+    """Commit of the checkout around ``folder``, "-dirty" where tracked files differ from it; "unknown" without git."""
     try:
         run = {"cwd": folder, "capture_output": True, "text": True, "timeout": 10, "check": True}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()

@@ -46,7 +46,8 @@ def tag_ids(tokenizer: PreTrainedTokenizerBase) -> TagIds:
         )
     flat = [pieces[0] for pieces in ids]
     if len(set(flat)) != len(flat):
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} maps two tags to one id: {dict(zip(TAGS, flat))}")
+        found = dict(zip(TAGS, flat, strict=True))
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} maps two tags to one id: {found}")
     return TagIds(*flat)
 
 

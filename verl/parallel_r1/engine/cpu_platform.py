@@ -1,7 +1,7 @@
 """A CPU as a verl platform (``VERL_PLATFORM=cpu``).
 
-verl addresses its device through ``torch.<device>``; ``torch.cpu`` lacks the memory, random-state and name calls that it
-makes there, so they are added around it. Nothing in verl or torch is changed.
+verl addresses its device through ``torch.<device>``; ``torch.cpu`` lacks the memory, random-state and name calls that
+it makes there, so they are added around it. Nothing in verl or torch is changed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _device_module() -> _DeviceModule:
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """CPU ranks over gloo. Ray schedules them as logical GPUs (``ray.init(num_gpus=N)``), the only kind verl asks for."""
+    """CPU ranks over gloo. To Ray they are logical GPUs (``ray.init(num_gpus=N)``), the only kind verl asks for."""
 
     device_name = "cpu"
     vendor_name = "cpu"

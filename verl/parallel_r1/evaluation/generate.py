@@ -124,7 +124,9 @@ async def generate_samples(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="training configuration whose sampling settings to use, for example quickstart_rl")
+    parser.add_argument(
+        "config", help="training configuration whose sampling settings to use, for example quickstart_rl"
+    )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--problems", type=Path, required=True, help="parquet in verl's schema")
     parser.add_argument("--out", type=Path, required=True, help="samples file (JSON lines)")

@@ -1,8 +1,8 @@
 """Is the final answer right?
 
 Numeric grading for problems whose gold answer is a number: the last ``Final Answer: …`` line of the trunk after the
-last block is compared by value, exactly (integers, decimals, fractions, thousands separators). Nothing is evaluated, and
-an answer longer than 64 characters is unparseable, so hostile output costs nothing.
+last block is compared by value, exactly (integers, decimals, fractions, thousands separators). Nothing is evaluated,
+and an answer longer than 64 characters is unparseable, so hostile output costs nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """verl reward manager: response ids -> reward of the phase in force, and what is logged with it.
 
-verl's stock managers pass neither the global step nor whether a sample is for validation; both are needed here, since the
-reward alternates with the step while validation always pays accuracy.
+verl's stock managers pass neither the global step nor whether a sample is for validation; both are needed here, since
+the reward alternates with the step while validation always pays accuracy.
 """
 
 from __future__ import annotations

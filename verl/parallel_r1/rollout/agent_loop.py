@@ -35,11 +35,11 @@ class ParallelAgentLoop(AgentLoopBase):
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         prompt_ids = await self.ct_build_initial_tokens(list(kwargs["raw_prompt"]))
-        versions: list[int] = []
+        rollout_id, versions = uuid4().hex, []
 
         async def generate(prefix: list[int], sampling: dict[str, Any], segment: Segment) -> Sampled:
             output = await self.server_manager.generate(
-                request_id=uuid4().hex, prompt_ids=prefix, sampling_params=sampling
+                request_id=rollout_id, prompt_ids=prefix, sampling_params=sampling
             )
             if output.extra_fields.get("global_steps") is not None:
                 versions.append(output.extra_fields["global_steps"])
@@ -48,8 +48,11 @@ class ParallelAgentLoop(AgentLoopBase):
             return Sampled(token_ids, log_probs)
 
         timing: dict[str, float] = {}
-        with simple_timer("generate_sequences", timing):
-            rollout = await self.machine.run(generate, prompt_ids, sampling_params)
+        try:
+            with simple_timer("generate_sequences", timing):
+                rollout = await self.machine.run(generate, prompt_ids, sampling_params)
+        finally:
+            self.server_manager.finish(rollout_id)
         return AgentLoopOutput(
             prompt_ids=prompt_ids,
             response_ids=rollout.token_ids,

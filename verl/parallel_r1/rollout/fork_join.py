@@ -6,8 +6,8 @@ Every segment is one engine request on the token ids so far; the engine's prefix
 Tokens that the state machine writes (``<Path>``, ``</Parallel>``, the join text, ``<Summary>``, a closer that the model
 did not write within its budget) carry mask 0: they were not sampled and must not be trained.
 
-Departures from the published rollout: budgets are set before a request, not cut after it; any number of paths; after the
-last allowed block the model goes on to its answer instead of stopping.
+Departures from the published rollout: budgets are set before a request, not cut after it; any number of paths; after
+the last allowed block the model goes on to its answer instead of stopping.
 Source: Parallel-R1 (arXiv 2509.07980), section 3.2.
 """
 

@@ -44,7 +44,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def from_command_line() -> DictConfig:
-    """The configuration that ``python -m parallel_r1.training.… NAME [key=value …]`` asks for; exits 2 with one line."""
+    """What ``python -m parallel_r1.training.… NAME [key=value …]`` asks for; an error is one line and exit code 2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         sys.exit(f"usage: python -m {_module()} CONFIG [key=value ...]   (CONFIG: a file of {CONFIGS}, without .yaml)")

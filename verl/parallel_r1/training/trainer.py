@@ -1,4 +1,4 @@
-"""RL on verl's synchronous V1 trainer: schedule, monitors and records of parallel thinking (``trainer_mode: parallel``).
+"""RL on verl's synchronous V1 trainer (``trainer_mode: parallel``): schedule, monitors, records of parallel thinking.
 
 How it departs from textbook GRPO is configuration (``configs/rl.yaml``); this class adds no algorithm. It
 
@@ -29,6 +29,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from parallel_r1.config import ParallelConfig
 from parallel_r1.rewards.manager import VALIDATION_KEY
 from parallel_r1.rewards.schedule import phase
+from parallel_r1.rollout.client import RolloutClient
 from parallel_r1.tags import tag_ids
 from parallel_r1.training.metrics import mismatch_metrics, rollout_metrics
 
@@ -78,12 +79,16 @@ class ParallelTrainer(PPOTrainerSync):
         super()._init_tokenizer()
         self.tags = tag_ids(self.tokenizer)
 
+    def get_llm_client(self) -> RolloutClient:
+        return self.llm_server_manager.get_client(RolloutClient)
+
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
         expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         failed = expected - len(batch.keys)
         if failed > MAX_FAILED_SHARE * expected:
             raise RuntimeError(
-                f"step {self.global_steps}: {failed} of {expected} rollouts failed; the first error is above in this log"
+                f"step {self.global_steps}: {failed} of {expected} rollouts failed; search this log for "
+                "'Error in _run_prompt'"
             )
         metrics["rollout/failed"] = failed
         return super()._balance_batch(batch, metrics, **kwargs)
