@@ -49,7 +49,7 @@ class Settings:
 def settings(seed: int, smoke: bool) -> Settings:
     if smoke:
         return Settings(seed, 256, 32, 4, 4, 3, 2, 4)
-    return Settings(seed, 2400, 768, 300, 40, 21, 10, 16)
+    return Settings(seed, 2400, 768, 300, 30, 21, 10, 16)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             [python, "-m", "parallel_r1.training.rl", "quickstart_rl"]
             + [f"data.train_files={data / 'train.parquet'}", f"data.val_files={data / 'heldout.parquet'}"]
             + [f"data.seed={seed}", f"data.train_batch_size={s.rollout_prompts}"]
-            + [f"actor_rollout_ref.actor.ppo_mini_batch_size={s.rollout_prompts}"]
+            + [f"actor_rollout_ref.actor.ppo_mini_batch_size={s.rollout_prompts // 2}"]
             + [f"actor_rollout_ref.model.path={sft}", f"actor_rollout_ref.rollout.seed={seed}"]
             + [f"trainer.default_local_dir={out / 'rl'}", f"trainer.rollout_data_dir={out / 'rollouts'}"]
             + [f"trainer.total_training_steps={s.rl_steps}", f"trainer.save_freq={s.save_every}"]
@@ -233,6 +233,7 @@ def _add_seconds(folder: Path, name: str, seconds: float) -> None:
 def _report(out: Path, s: Settings, chain: Sequence[Stage], overrides: Sequence[str]) -> dict:
     results = {stage.name: json.loads((out / "stages" / f"{stage.name}.json").read_text()) for stage in chain}
     run_record = json.loads((out / "run.json").read_text())
+    run_record["data"] = json.loads((out / "data" / "manifest.json").read_text())
     run_record["peak_memory_gib"] = round(max(r["peak_memory_bytes"] for r in results.values()) / 2**30, 2)
     report = write_report(
         out,
