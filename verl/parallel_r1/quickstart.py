@@ -71,6 +71,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
     sft = out / "sft" / f"global_step_{s.sft_steps}" / "huggingface"
     rl = out / "rl" / f"global_step_{s.rl_steps}" / "actor" / "huggingface"
     seed = str(s.seed)
+    micro = min(64, s.rollout_prompts // 2 * 8)  # verl wants mini-batches to be multiples of it; 8 rollouts a prompt
 
     def evaluate(name: str, checkpoint: Path) -> Stage:
         command = [python, "-m", "parallel_r1.evaluation.generate", "quickstart_rl", "--model", str(checkpoint)]
@@ -112,6 +113,8 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             + [f"data.train_files={data / 'train.parquet'}", f"data.val_files={data / 'heldout.parquet'}"]
             + [f"data.seed={seed}", f"data.train_batch_size={s.rollout_prompts}"]
             + [f"actor_rollout_ref.actor.ppo_mini_batch_size={s.rollout_prompts // 2}"]
+            + [f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro}"]
+            + [f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={micro}"]
             + [f"actor_rollout_ref.model.path={sft}", f"actor_rollout_ref.rollout.seed={seed}"]
             + [f"trainer.default_local_dir={out / 'rl'}", f"trainer.rollout_data_dir={out / 'rollouts'}"]
             + [f"trainer.total_training_steps={s.rl_steps}", f"trainer.save_freq={s.save_every}"]
