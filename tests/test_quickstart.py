@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 from conftest import ROOT
+from parallel_r1.leftovers import StageError
 from parallel_r1.report.plots import load_training_metrics
-from parallel_r1.supervise import StageError, run_stage
+from parallel_r1.supervise import run_stage
 
 COMMAND = [sys.executable, "-m", "parallel_r1.quickstart"]
 BOUND = 1e-3  # nats; float32 rounding gives about 3e-5, a stale engine far more
@@ -68,7 +69,7 @@ def test_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_two_at_once(tmp_path: Path) -> None:
-    from parallel_r1.supervise import RunLock
+    from parallel_r1.run_lock import RunLock
 
     out = tmp_path / "run"
     out.mkdir()

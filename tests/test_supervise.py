@@ -18,8 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parallel_r1 import supervise
-from parallel_r1.supervise import RunLock, RunLockError, StageError, StageResult, clean_up_after_crash, run_stage
+from parallel_r1 import leftovers, supervise
+from parallel_r1.leftovers import CleanUp, StageError, clean_up_after_crash
+from parallel_r1.run_lock import RunLock, RunLockError
+from parallel_r1.supervise import StageResult, run_stage
 
 pytestmark = pytest.mark.timeout(40)
 SHM = Path("/dev/shm")
@@ -68,11 +70,11 @@ sys.exit(int(end))
 SUPERVISOR = """
 import signal, sys
 from pathlib import Path
-from parallel_r1 import supervise
+from parallel_r1 import leftovers, supervise
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run as a background job
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
-supervise.TERM_GRACE = 1.0
+leftovers.TERM_GRACE = 1.0
 supervise.run_stage("train", sys.argv[2:], log=Path(sys.argv[1]), deadline=60, stall=60)
 """
 
@@ -117,8 +119,8 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    monkeypatch.setattr(supervise, "TERM_GRACE", 0.5)
-    monkeypatch.setattr(supervise, "LINGER", 2.0)
+    monkeypatch.setattr(leftovers, "TERM_GRACE", 0.5)
+    monkeypatch.setattr(leftovers, "LINGER", 2.0)
     monkeypatch.setattr(supervise, "FATAL_GRACE", 1.0)
     stage = Stage(tmp_path)
     yield stage
@@ -399,7 +401,7 @@ def test_what_a_killed_supervisor_left_is_cleaned_up(stage, supervisor, how):
     else:
         cleaned = clean_up_after_crash(stage.record)
         assert cleaned.processes == left and sorted(cleaned.segments) == sorted(segments)
-        assert clean_up_after_crash(stage.record) == supervise.CleanUp()
+        assert clean_up_after_crash(stage.record) == CleanUp()
     stage.check_nothing_left(processes=6, segments=2)
 
 
@@ -412,7 +414,7 @@ def test_a_running_supervisor_is_left_alone(stage, supervisor):
 @pytest.mark.parametrize("case", ["the same process", "a recycled pid", "another boot"])
 def test_only_the_recorded_process_is_ended(stage, bystander, case):
     start = start_ticks(bystander.pid) + (case == "a recycled pid")
-    boot = "earlier" if case == "another boot" else supervise._boot()
+    boot = "earlier" if case == "another boot" else leftovers._boot()
     state = {"boot": boot, "supervisor": [bystander.pid, 1], "processes": [[bystander.pid, start]], "segments": []}
     stage.record.write_text(json.dumps(state))
     ended = clean_up_after_crash(stage.record).processes
@@ -426,7 +428,7 @@ def test_a_segment_that_took_the_name_of_a_recorded_one_is_kept(stage):
     try:
         inode = (SHM / segment.name).stat().st_ino
         segment.close()
-        state = {"boot": supervise._boot(), "supervisor": [1, 1], "processes": []}
+        state = {"boot": leftovers._boot(), "supervisor": [1, 1], "processes": []}
         for recorded, removed in ((inode + 1, []), (inode, [segment.name])):
             stage.record.write_text(json.dumps(state | {"segments": [[segment.name, recorded]]}))
             assert clean_up_after_crash(stage.record).segments == removed
@@ -440,7 +442,7 @@ def test_a_segment_that_took_the_name_of_a_recorded_one_is_kept(stage):
     "text", ["", '{"boot": "x", "proc', "[1, 2]", '{"boot": "x"}', '{pids: [["a", null]]}', "\udcff"]
 )
 def test_a_damaged_record_ends_nothing_and_says_what_to_do(stage, bystander, text):
-    damaged = text.replace("pids", f'"boot": "{supervise._boot()}", "supervisor": [1, 1], "segments": [], "processes"')
+    damaged = text.replace("pids", f'"boot": "{leftovers._boot()}", "supervisor": [1, 1], "segments": [], "processes"')
     stage.record.write_bytes(damaged.encode(errors="surrogateescape"))
     with pytest.raises(StageError, match="nothing was ended") as caught:
         clean_up_after_crash(stage.record)
@@ -471,7 +473,7 @@ def hold(folder: Path, then: str) -> subprocess.Popen[bytes]:
     script = f"""
 import os, subprocess, sys, time
 from pathlib import Path
-from parallel_r1.supervise import RunLock
+from parallel_r1.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     {then}
     print("held", flush=True)

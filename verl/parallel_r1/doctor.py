@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from parallel_r1.supervise import StageError, run_stage
+from parallel_r1.leftovers import StageError
+from parallel_r1.supervise import run_stage
 
 GIB = 2**30
 DEADLINE = 120.0  # seconds for a check that starts a process; Ray and vLLM take 20 to 40 on two cores

@@ -22,9 +22,11 @@ from omegaconf import OmegaConf
 
 from parallel_r1 import record
 from parallel_r1.environment import CPU
+from parallel_r1.leftovers import StageError
 from parallel_r1.report import replacing
 from parallel_r1.report.report import headline, write_report
-from parallel_r1.supervise import RunLock, RunLockError, StageError, StageResult, run_stage
+from parallel_r1.run_lock import RunLock, RunLockError
+from parallel_r1.supervise import StageResult, run_stage
 from parallel_r1.training.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +51,7 @@ class Settings:
 def settings(seed: int, smoke: bool) -> Settings:
     if smoke:
         return Settings(seed, 256, 32, 4, 4, 3, 2, 4)
-    return Settings(seed, 2400, 768, 300, 30, 21, 10, 16)
+    return Settings(seed, 2400, 768, 300, 28, 21, 7, 12)
 
 
 @dataclass(frozen=True)
