@@ -260,7 +260,7 @@ segment.buf[:] = bytes([1]) * {size}
 if os.fork() == 0:
     own = bytearray(b"x") * {size}
     sum(segment.buf[::4096])
-    time.sleep(1.2)
+    time.sleep(5)  # scans are up to 3 s apart
     os._exit(0)
 os.wait()
 segment.unlink()

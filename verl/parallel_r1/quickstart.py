@@ -51,7 +51,7 @@ class Settings:
 def settings(seed: int, smoke: bool) -> Settings:
     if smoke:
         return Settings(seed, 256, 32, 4, 4, 3, 2, 4)
-    return Settings(seed, 2400, 768, 300, 28, 21, 7, 12)
+    return Settings(seed, 2400, 768, 340, 28, 21, 7, 12)
 
 
 @dataclass(frozen=True)
