@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -102,7 +103,9 @@ class Run:
         self.out = out
         command = [*COMMAND, "--smoke", "--seed", str(SEED), "--out", str(out), *options]
         self.log = (out.parent / f"{out.name}.out").open("a+")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        # a shell starts background jobs with Ctrl-C ignored, and the tests may run in one
+        unignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, preexec_fn=unignore)
         self.tree: dict[int, psutil.Process] = {}
 
     def wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
