@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+
 from conftest import ROOT
 
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
