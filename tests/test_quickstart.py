@@ -24,7 +24,7 @@ from parallel_r1.report.plots import load_training_metrics
 from parallel_r1.supervise import run_stage
 
 COMMAND = [sys.executable, "-m", "parallel_r1.quickstart"]
-BOUND = 1e-3  # nats; float32 rounding gives about 3e-5, a stale engine far more
+BOUND = 1e-4  # nats; float32 rounding gives 1e-6 on this model, a stale engine far more
 SEED = 5
 
 
@@ -191,7 +191,9 @@ def test_report_is_complete(smoke: Run) -> None:
     assert set(report["seconds"]) == {"data", "model", "sft", "rl", "evaluate_sft", "evaluate_rl"}
     assert report["training"]["switch_step"] == 3 and report["run"]["versions"]["verl"] == "0.9.1"
     markdown = (smoke.out / "report.md").read_text()
-    assert markdown.count("```text") >= 3
+    assert (
+        "## Sampled rollouts" in markdown and markdown.count("```text") >= 2
+    )  # so short a run may have no correct one
     for name in ("reward", "accuracy", "parallel_ratio", "position"):
         assert any(name in path.name for path in (smoke.out / "plots").glob("*.png")), name
     output = smoke.output()
@@ -229,7 +231,7 @@ def test_engine_and_trainer_agree_after_weight_syncs(smoke: Run) -> None:
     assert list(steps) == [1, 2, 3, 4]  # step 2 has seen two syncs, step 4 three: at start and after every step
     assert np.max(worst) < BOUND, worst
     # the later paths, which the causal trainer sees with their siblings, are the control: same tokens, other context
-    assert np.max(metrics.series("mismatch/other_context_max")[1]) > 100 * BOUND
+    assert np.min(metrics.series("mismatch/other_context_max")[1]) > 100 * np.max(worst)
 
 
 @pytest.mark.slow
@@ -265,13 +267,16 @@ def test_a_broken_weight_sync_is_caught(smoke: Run, tmp_path: Path) -> None:
         "trainer.total_training_steps=3",
     ]
     command += ["data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4"]
+    command += ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32"]
+    command += ["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32"]
+    command += ["actor_rollout_ref.actor.optim.lr=1e-2", "actor_rollout_ref.actor.optim.lr_warmup_steps=0"]
     command += ["actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=broken_sync.NoReload"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "VERL_FILE_LOGGER_PATH": str(metrics)}
     run_stage("broken sync", command, log=tmp_path / "rl.log", env=environment, deadline=400, stall=200)
     worst = load_training_metrics([metrics]).series("mismatch/same_context_max")[1]
     assert worst[0] < BOUND  # the engine loaded the same checkpoint
-    assert np.max(worst[1:]) > 10 * BOUND  # and never got another one
+    assert np.min(worst[1:]) > 100 * BOUND  # and never got another one
 
 
 @pytest.mark.slow
