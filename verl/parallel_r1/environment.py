@@ -17,6 +17,8 @@ ALWAYS = {
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    # A worker that exits would kill Python's resource tracker, which then cannot remove the worker's semaphores.
+    "RAY_kill_child_processes_on_worker_exit": "0",
     "HYDRA_FULL_ERROR": "1",
 }
 
