@@ -79,7 +79,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
         command = [python, "-m", "parallel_r1.evaluation.generate", "quickstart_rl", "--model", str(checkpoint)]
         command += ["--problems", str(data / "heldout.parquet"), "--out", str(out / f"{name}_samples.jsonl")]
         title = f"evaluation of the {name.upper()} checkpoint"
-        return Stage(f"evaluate_{name}", title, [*command, "--seed", seed], 45, environment=CPU | FORK)
+        return Stage(f"evaluate_{name}", title, [*command, "--seed", seed], 35, environment=CPU | FORK)
 
     return [
         Stage(
@@ -103,7 +103,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             + [f"data.train_files={data / 'cold_start.parquet'}", f"model.path={model}", f"trainer.seed={seed}"]
             + [f"trainer.default_local_dir={out / 'sft'}", f"trainer.total_training_steps={s.sft_steps}"]
             + [f"trainer.save_freq={max(1, s.sft_steps // 2)}"],
-            190,
+            200,
             metrics="sft",
             steps=s.sft_steps,
             environment=CPU,
@@ -121,7 +121,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             + [f"trainer.default_local_dir={out / 'rl'}", f"trainer.rollout_data_dir={out / 'rollouts'}"]
             + [f"trainer.total_training_steps={s.rl_steps}", f"trainer.save_freq={s.save_every}"]
             + [f"parallel_r1.reward.switch_step={s.switch_step}", *overrides],
-            380,
+            270,
             metrics="rl",
             steps=s.rl_steps,
             environment=CPU,
