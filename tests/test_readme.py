@@ -32,9 +32,10 @@ def test_the_two_commands_are_the_ones_that_ci_and_users_run() -> None:
 
 
 def test_every_entry_of_the_tree_exists() -> None:
-    tree = next(block for block in re.findall(r"```\n(.*?)```", TEXTS["README.md"], re.DOTALL) if "data_prep/" in block)
+    fenced = TEXTS["README.md"].split("```")[1::2]
+    tree = next(block for block in fenced if "\ndata_prep/ " in block)
     package = ROOT / "verl" / "parallel_r1"
-    for line in tree.splitlines():
+    for line in tree.strip().splitlines():
         entry = line.split()[0]
         assert ((package if line.startswith("  ") else ROOT) / entry).exists(), line
 
