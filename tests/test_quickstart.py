@@ -26,6 +26,9 @@ from parallel_r1.supervise import run_stage
 COMMAND = [sys.executable, "-m", "parallel_r1.quickstart"]
 BOUND = 1e-4  # nats; float32 rounding gives 1e-6 on this model, a stale engine far more
 SEED = 5
+# The smoke model is never right, so all advantages are zero; decay moves its weights instead, 10% a step, or a weight sync
+# would have nothing to bring.
+MOVING = [f"actor_rollout_ref.actor.optim.{name}" for name in ("lr=1e-2", "lr_warmup_steps=0", "weight_decay=10")]
 
 
 def quickstart(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -101,7 +104,7 @@ class Run:
 
     def __init__(self, out: Path, *options: str):
         self.out = out
-        command = [*COMMAND, "--smoke", "--seed", str(SEED), "--out", str(out), *options]
+        command = [*COMMAND, "--smoke", "--seed", str(SEED), "--out", str(out), *options, *MOVING]
         self.log = (out.parent / f"{out.name}.out").open("a+")
         # a shell starts background jobs with Ctrl-C ignored, and the tests may run in one
         unignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -269,7 +272,7 @@ def test_a_broken_weight_sync_is_caught(smoke: Run, tmp_path: Path) -> None:
     command += ["data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4"]
     command += ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32"]
     command += ["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32"]
-    command += ["actor_rollout_ref.actor.optim.lr=1e-2", "actor_rollout_ref.actor.optim.lr_warmup_steps=0"]
+    command += MOVING
     command += ["actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=broken_sync.NoReload"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "VERL_FILE_LOGGER_PATH": str(metrics)}
