@@ -26,8 +26,8 @@ from parallel_r1.supervise import run_stage
 COMMAND = [sys.executable, "-m", "parallel_r1.quickstart"]
 BOUND = 1e-4  # nats; float32 rounding gives 1e-6 on this model, a stale engine far more
 SEED = 5
-# The smoke model is never right, so all advantages are zero; decay moves its weights instead, 10% a step, or a weight sync
-# would have nothing to bring.
+# The smoke model is never right, so all advantages are zero; decay moves its weights instead, 10% a step, or a weight
+# sync would have nothing to bring.
 MOVING = [f"actor_rollout_ref.actor.optim.{name}" for name in ("lr=1e-2", "lr_warmup_steps=0", "weight_decay=10")]
 
 
