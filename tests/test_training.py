@@ -48,6 +48,14 @@ def test_command_line_error_has_no_traceback() -> None:
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "foo" in done.stderr
 
 
+@pytest.mark.parametrize(("module", "key"), [("rl", "actor_rollout_ref.model.path"), ("sft", "model.path")])
+def test_a_missing_model_path_is_one_line(module: str, key: str) -> None:
+    command = [sys.executable, "-m", f"parallel_r1.training.{module}", f"quickstart_{module}", f"{key}=/no/such/model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert key in done.stderr and "/no/such/model" in done.stderr
+
+
 def test_importing_the_package_pulls_in_neither_torch_nor_vllm() -> None:
     program = (
         "import sys, parallel_r1, parallel_r1.structure, parallel_r1.rollout.fork_join, parallel_r1.rewards.reward;"

@@ -49,10 +49,26 @@ def from_command_line() -> DictConfig:
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         sys.exit(f"usage: python -m {_module()} CONFIG [key=value ...]   (CONFIG: a file of {CONFIGS}, without .yaml)")
     try:
-        return compose(arguments[0], arguments[1:])
+        config = compose(arguments[0], arguments[1:])
+        _check_paths(config)
+        return config
     except ConfigError as error:
         print(f"{_module()}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_paths(config: DictConfig) -> None:
+    """A path on this machine that is not there costs minutes when a worker finds out; a hub id is left to the hub.
+
+    Raises:
+        ConfigError: the model folder or a data file does not exist.
+    """
+    keys = ("model.path", "actor_rollout_ref.model.path", "data.train_files", "data.val_files")
+    for key in keys:
+        value = OmegaConf.select(config, key)
+        for path in [value] if isinstance(value, str) else value or []:
+            if path.startswith(("/", ".", "~")) and not Path(path).expanduser().exists():
+                raise ConfigError(f"{key}: there is nothing at {path}; check the path, or set {key}=…")
 
 
 def _module() -> str:
