@@ -34,6 +34,8 @@ def test_every_configuration_composes(name: str) -> None:
         ("quickstart_rl", "parallel_r1.reward.window=-1", "window is -1"),
         ("quickstart_rl", "not an override", "not an override"),
         ("nothing", "", "no configuration 'nothing'"),
+        ("quickstart_rl", "actor_rollout_ref.rollout.temperature=0.7", "processed_logprobs"),
+        ("quickstart_rl", "actor_rollout_ref.rollout.full_determinism=true", "full_determinism"),
     ],
 )
 def test_configuration_errors_are_one_line(name: str, override: str, message: str) -> None:

@@ -37,6 +37,17 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             config = hydra_compose(name, ["hydra.searchpath=[pkg://verl.trainer.config]", *overrides])
         if "parallel_r1" in config:
             ParallelConfig.from_mapping(OmegaConf.to_container(config.parallel_r1, resolve=True))
+            rollout = config.actor_rollout_ref.rollout
+            if rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1.0:
+                raise ValueError(
+                    f"actor_rollout_ref.rollout.temperature is {rollout.temperature}, but raw_logprobs are those of "
+                    "temperature 1; set actor_rollout_ref.rollout.logprobs_mode=processed_logprobs"
+                )
+            if rollout.full_determinism:
+                raise ValueError(
+                    "actor_rollout_ref.rollout.full_determinism gives all paths of a rollout one request id, and vLLM "
+                    "refuses the second; set it to false"
+                )
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"configuration {name!r} with {list(overrides)}: {reason}") from error
