@@ -31,8 +31,8 @@ class CPUFSDPEngineWithLMHead(FSDPEngineWithLMHead):
     ) -> dict[str, torch.Tensor]:
         """Log-probability (and entropy) of every token given the one before, as jagged (batch, tokens) tensors.
 
-        Without a flash-attn kernel verl takes the log-sum-exp token by token in a Python list, which is most of a small
-        model's step; here it is one call. Anything but a plain padded forward goes to verl.
+        Without a flash-attn kernel verl takes the log-sum-exp token by token in a Python list, a node of the backward
+        graph for each; here it is one call. Anything but a plain padded forward goes to verl.
         """
         unusual = ("calculate_sum_pi_squared", "distillation_use_topk", "use_fused_kernels")
         if any(tu.get_non_tensor_data(micro_batch, key, default=False) for key in unusual) or tu.get_non_tensor_data(
