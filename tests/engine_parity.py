@@ -1,0 +1,124 @@
+"""Fork and join through a vLLM engine in this process, and compare every generated token with a dense Hugging Face forward.
+
+    python engine_parity.py MODEL '{"engine": {...}, "break": null}'   -> one line of JSON
+
+``break``: null, "stock" (stock engine), "mask" (positions only) or "positions" (mask only).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from parallel_r1 import environment
+
+environment.prepare("cpu")
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+
+from parallel_r1.attention import dense_mask  # noqa: E402
+from parallel_r1.rollout import hidden_rows, vllm_kwargs  # noqa: E402
+from parallel_r1.structure import annotate  # noqa: E402
+from parallel_r1.tags import tag_ids  # noqa: E402
+
+
+class Rollout:
+    """Token ids so far, and the engine's log-probability of each generated one."""
+
+    def __init__(self, prompt: list[int]):
+        self.ids, self.log_probs = list(prompt), {}
+
+    def insert(self, *ids: int) -> None:
+        self.ids += ids
+
+    def append(self, output) -> None:
+        for token, log_probs in zip(output.token_ids, output.logprobs, strict=True):
+            self.log_probs[len(self.ids)] = log_probs[token].logprob
+            self.ids.append(token)
+
+
+def main() -> None:
+    model, options = sys.argv[1], json.loads(sys.argv[2])
+    broken = options.get("break")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tags = tag_ids(tokenizer)
+    plain = [i for i in range(len(tokenizer)) if i not in tags and i not in tokenizer.all_special_ids]
+    if broken == "mask":
+        hidden_rows.find = lambda *_: None
+    if broken == "positions":
+        from parallel_r1.rollout import vllm_model
+
+        stock = vllm_model.Structured.get_mrope_input_positions
+
+        def causal_positions(self, tokens, *_, **__):
+            rows, _ = stock(self, tokens)
+            rows[0] = torch.arange(len(tokens))
+            return rows, 0
+
+        vllm_model.Structured.get_mrope_input_positions = causal_positions
+    kwargs = {} if broken == "stock" else vllm_kwargs(model)
+    engine = {"block_size": 32, "enable_prefix_caching": True, "max_model_len": 512, "enforce_eager": True, **options["engine"]}
+    llm = LLM(model, dtype="float32", distributed_executor_backend="uni", seed=0,
+              disable_log_stats=False, **engine, **kwargs)  # fmt: skip
+
+    rng = random.Random(options.get("seed", 1))
+
+    def words(n: int) -> list[int]:
+        return [rng.choice(plain) for _ in range(n)]
+
+    def generate(prompts: list[list[int]], lengths: list[int]):
+        sampling = [
+            SamplingParams(max_tokens=n, temperature=1.0, logprobs=0, ignore_eos=True, allowed_token_ids=plain)
+            for n in lengths
+        ]
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    shared = words(40)
+    rollouts = [Rollout(shared + words(rng.randint(1, 60))) for _ in range(options.get("rollouts", 6))]
+    for _ in range(2):
+        for rollout, output in zip(rollouts, generate([r.ids for r in rollouts], [8] * len(rollouts)), strict=True):
+            rollout.append(output)
+            rollout.insert(tags.parallel_open)
+        paths = [(r, rng.randint(3, options.get("longest", 30))) for r in rollouts for _ in range(rng.randint(3, 4))]
+        outputs = generate([[*r.ids, tags.path_open] for r, _ in paths], [n for _, n in paths])
+        for (rollout, _), output in zip(paths, outputs, strict=True):
+            rollout.insert(tags.path_open)
+            rollout.append(output)
+            rollout.insert(tags.path_close)
+        for rollout in rollouts:
+            rollout.insert(tags.parallel_close, plain[0], tags.summary_open)
+        for rollout, output in zip(rollouts, generate([r.ids for r in rollouts], [10] * len(rollouts)), strict=True):
+            rollout.append(output)
+            rollout.insert(tags.summary_close)
+    for rollout, output in zip(rollouts, generate([r.ids for r in rollouts], [12] * len(rollouts)), strict=True):
+        rollout.append(output)
+
+    preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    worst, tokens = 0.0, 0
+    for rollout in rollouts:
+        structure = annotate(rollout.ids, tags)
+        assert len(structure.blocks) == 2 and all(len(block.paths) >= 3 for block in structure.blocks)
+        ids = torch.tensor(rollout.ids)
+        with torch.no_grad():
+            logits = reference(
+                input_ids=ids[None],
+                attention_mask=dense_mask(structure)[None, None],
+                position_ids=torch.from_numpy(structure.position_ids)[None],
+            ).logits[0]
+        at = torch.tensor(list(rollout.log_probs))
+        expected = logits.log_softmax(-1)[at - 1, ids[at]]
+        worst = max(worst, (expected - torch.tensor(list(rollout.log_probs.values()))).abs().max().item())
+        tokens += len(at)
+    print(json.dumps({"worst": worst, "tokens": tokens, "preemptions": preemptions}))
+
+
+if __name__ == "__main__":
+    main()
