@@ -63,9 +63,9 @@ def main() -> None:
 
         vllm_model.Structured.get_mrope_input_positions = causal_positions
     kwargs = {} if broken == "stock" else vllm_kwargs(model)
-    engine = {"block_size": 32, "enable_prefix_caching": True, "max_model_len": 512, "enforce_eager": True, **options["engine"]}
-    llm = LLM(model, dtype="float32", distributed_executor_backend="uni", seed=0,
-              disable_log_stats=False, **engine, **kwargs)  # fmt: skip
+    engine = {"block_size": 32, "max_model_len": 512, "enforce_eager": True, "distributed_executor_backend": "uni"}
+    engine |= {"enable_prefix_caching": True, **options["engine"]}
+    llm = LLM(model, dtype="float32", seed=0, disable_log_stats=False, **engine, **kwargs)
 
     rng = random.Random(options.get("seed", 1))
 

@@ -6,36 +6,61 @@ verl's own keys stay where verl has them. Only what parallel thinking adds is he
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0)]
+TopP = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclass(frozen=True)
-class RolloutConfig:
-    """Fork/join limits. Token budgets go to the engine before generation.
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RolloutConfig(_Config):
+    """How a response forks and joins. Token budgets go to the engine before generation.
 
     Attributes:
-        num_paths: paths per block.
-        max_blocks: after this many blocks the model cannot open another one and goes on to its answer.
+        mode: "forked" decodes the paths of a block as concurrent requests that do not see each other; "sequential"
+            lets the model write blocks itself, causally, in one request.
+        num_paths: paths per block, or ``[least, most]`` to draw from for every block.
+        max_blocks: after this many blocks the model cannot open another one.
+        stop_after_blocks: end the response there, without an answer, as the published code does; otherwise the model
+            goes on to its answer.
         max_path_tokens: budget of one path, its ``</Path>`` included.
         max_summary_tokens: budget of one summary, its ``</Summary>`` included.
+        max_block_tokens: budget of all paths of a block together; None: no limit of its own.
+        max_critical_tokens: budget of the response's critical path (the longest path of each block counts); None: no
+            limit of its own. ``data.max_response_length`` always limits the sum of all tokens.
         join_text: what stands between ``</Parallel>`` and ``<Summary>``.
+        path_temperature, path_top_p: for all paths, or a list that paths take turns in; None: as elsewhere.
+        seed: with a seed, every request has its own, made from this one and its place (step, sample, block, path);
+            None: unseeded.
     """
 
-    num_paths: int = 2
-    max_blocks: int = 4
-    max_path_tokens: int = 512
-    max_summary_tokens: int = 256
+    mode: Literal["forked", "sequential"] = "forked"
+    num_paths: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 2
+    max_blocks: Annotated[int, Field(ge=0)] = 4
+    stop_after_blocks: bool = False
+    max_path_tokens: Positive = 512
+    max_summary_tokens: Positive = 256
+    max_block_tokens: Positive | None = None
+    max_critical_tokens: Positive | None = None
     join_text: str = "\n"
+    path_temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)] | None = None
+    path_top_p: TopP | Annotated[list[TopP], Field(min_length=1)] | None = None
+    seed: int | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("num_paths", "max_path_tokens", "max_summary_tokens"):
-            _at_least(self, name, 1)
-        _at_least(self, "max_blocks", 0)
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> RolloutConfig:
+        if isinstance(self.num_paths, list) and self.num_paths[0] > self.num_paths[1]:
+            raise ValueError(f"num_paths is {self.num_paths}; the first number is the least")
+        return self
 
 
-@dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(_Config):
     """S2 and the mid-training switch; see :mod:`parallel_r1.rewards.schedule`.
 
     Attributes:
@@ -44,60 +69,62 @@ class RewardConfig:
         switch_step: first step that pays accuracy only, for good; None never switches.
     """
 
-    window: int = 10
-    accuracy_steps: int = 8
-    switch_step: int | None = None
+    window: Positive = 10
+    accuracy_steps: Annotated[int, Field(ge=0)] = 8
+    switch_step: Positive | None = None
 
-    def __post_init__(self) -> None:
-        _at_least(self, "window", 1)
-        _at_least(self, "accuracy_steps", 0)
+    @model_validator(mode="after")
+    def _fits_the_window(self) -> RewardConfig:
         if self.accuracy_steps > self.window:
             raise ValueError(
-                f"parallel_r1.reward.accuracy_steps is {self.accuracy_steps}, more than the window of {self.window} "
-                "steps; make it smaller"
+                f"accuracy_steps is {self.accuracy_steps}, more than the window of {self.window} steps; make it smaller"
             )
-        if self.switch_step is not None:
-            _at_least(self, "switch_step", 1)
+        return self
 
 
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Everything below ``parallel_r1:``."""
+class ParallelConfig(_Config):
+    """Everything below ``parallel_r1:``.
 
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    Attributes:
+        variant: "seen" trains with causal attention; "unseen" hides sibling paths from each other, which share
+            positions.
+        fidelity: "exact" (ours) or "paper"; see :mod:`parallel_r1.training.fidelity`.
+        mismatch_bound: nats; a step whose mean |engine - trainer| log-probability exceeds it in any region is warned
+            about.
+    """
+
+    variant: Literal["seen", "unseen"] = "unseen"
+    fidelity: Literal["exact", "paper"] = "exact"
+    mismatch_bound: Annotated[float, Field(gt=0)] = 0.05
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None) -> ParallelConfig:
-        """Build from a plain or OmegaConf mapping.
+        """Build from a plain mapping.
 
         Raises:
-            ValueError: unknown key, wrong type or a value out of range, with the key's full name.
+            ValueError: unknown key, wrong type or a value out of range, with the key's full name; one line.
         """
-        return _build(cls, values or {}, "parallel_r1")
+        try:
+            return cls.model_validate(dict(values or {}))
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from error
 
 
-def _at_least(config: Any, name: str, minimum: int) -> None:
-    value = getattr(config, name)
-    if value < minimum:
-        raise ValueError(f"parallel_r1: {name} is {value}; it must be at least {minimum}")
-
-
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    known = {item.name: item for item in fields(cls)}
-    unknown = sorted(set(map(str, values)) - set(known))
-    if unknown:
-        raise ValueError(f"unknown key {where}.{unknown[0]}; known keys are {', '.join(sorted(known))}")
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        default = known[name].default_factory() if callable(known[name].default_factory) else known[name].default
-        if is_dataclass(default):
-            arguments[name] = _build(type(default), value or {}, f"{where}.{name}")
-        elif value is None and "None" in str(known[name].type):
-            arguments[name] = None
-        else:
-            expected = str if isinstance(default, str) else int
-            if not isinstance(value, expected) or isinstance(value, bool):
-                raise ValueError(f"{where}.{name} is {value!r}; expected {expected.__name__}")
-            arguments[name] = value
-    return cls(**arguments)
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"] if isinstance(part, str) and part.isidentifier()]
+    where = ".".join(["parallel_r1", *path])
+    if first["type"] == "extra_forbidden":
+        model: type[BaseModel] = ParallelConfig
+        for part in path[:-1]:
+            model = model.model_fields[part].annotation
+        return f"unknown key {where}; known keys are {', '.join(sorted(model.model_fields))}"
+    if first["type"] == "value_error":
+        return f"{where}: {first['ctx']['error']}"
+    expected = {"less_than_equal": "at most {le}", "greater_than_equal": "at least {ge}", "greater_than": "above {gt}"}
+    rule = expected.get(first["type"])
+    wanted = f"it must be {rule.format(**first['ctx'])}" if rule else first["msg"][0].lower() + first["msg"][1:]
+    return f"{where} is {first['input']!r}; {wanted}"

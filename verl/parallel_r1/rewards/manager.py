@@ -58,5 +58,6 @@ class ParallelRewardManager(RewardManagerBase):
                 "critical_tokens": structure.critical_tokens,
                 "truncated": float(rollout["truncated"]),
                 "forced_closers": float(rollout["forced_closers"]),
+                "failed_paths": float(rollout["failed_paths"]),
             }
         return {"reward_score": result.score, "reward_extra_info": info}

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from parallel_r1.config import ParallelConfig
+from parallel_r1.training import fidelity
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -36,7 +36,8 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         with initialize_config_dir(str(CONFIGS), version_base=None, job_name="parallel_r1"):
             config = hydra_compose(name, ["hydra.searchpath=[pkg://verl.trainer.config]", *overrides])
         if "parallel_r1" in config:
-            ParallelConfig.from_mapping(OmegaConf.to_container(config.parallel_r1, resolve=True))
+            fidelity.apply(config)
+        if "actor_rollout_ref" in config:
             rollout = config.actor_rollout_ref.rollout
             if rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1.0:
                 raise ValueError(

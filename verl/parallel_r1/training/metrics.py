@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel_r1.structure import annotate
+from parallel_r1.structure import PATH, REGIONS, annotate, regions
 from parallel_r1.tags import TagIds
 
 
@@ -29,6 +29,7 @@ def rollout_metrics(infos: Sequence[Mapping[str, Any]], scores: Sequence[float])
         "rollout/tokens": tokens / len(infos),
         "rollout/truncated_ratio": float(np.mean([info["truncated"] for info in infos])),
         "rollout/forced_closers": float(np.sum([info["forced_closers"] for info in infos])),
+        "rollout/failed_paths": float(np.sum([info["failed_paths"] for info in infos])),
     }
     if positions:
         metrics["parallel/position"] = float(np.mean(positions))
@@ -42,27 +43,43 @@ def rollout_metrics(infos: Sequence[Mapping[str, Any]], scores: Sequence[float])
 def mismatch_metrics(
     rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]], tags: TagIds
 ) -> dict[str, float]:
-    """|engine - trainer| log-probability of sampled tokens, mean and maximum.
+    """|engine - trainer| log-probability of sampled tokens in nats: mean and maximum, over all and per region.
 
-    Split by whether both sides saw the same context. The engine decodes every path without its siblings; a causal
-    trainer lets later paths see the earlier ones, so exactly the later paths differ by design ("other"). Trunk, first
-    paths, summaries and everything after a block must agree to rounding ("same").
+    Regions are those of :func:`parallel_r1.structure.regions`: trunk before the first block, paths, summaries, and the
+    trunk after a block. "first_path" are the first paths of blocks: every engine and trainer sees the same context
+    there. A region without a sampled token is left out.
 
     Args:
-        rows: per response ``(response_ids, mask, engine_log_probs, trainer_log_probs)``, each (response_len,).
+        rows: per response ``(response_ids, sampled, engine_log_probs, trainer_log_probs)``, each (response_len,).
     """
-    differences: dict[str, list[np.ndarray]] = {"same": [], "other": []}
-    for ids, mask, engine, trainer in rows:
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("all", "first_path", *REGIONS)}
+    for ids, sampled, engine, trainer in rows:
         structure = annotate(ids, tags)
-        sampled = np.asarray(mask, dtype=bool)
-        same = structure.hidden_start == structure.hidden_end
+        sampled = np.asarray(sampled, dtype=bool)
+        region = regions(ids, structure, tags)
         gap = np.abs(np.asarray(engine, dtype=np.float64) - np.asarray(trainer, dtype=np.float64))
-        differences["same"].append(gap[sampled & same])
-        differences["other"].append(gap[sampled & ~same])
+        parts["all"].append(gap[sampled])
+        for index, name in enumerate(REGIONS):
+            parts[name].append(gap[sampled & (region == index)])
+        first = (region == PATH) & (structure.hidden_start == structure.hidden_end)
+        parts["first_path"].append(gap[sampled & first])
     metrics: dict[str, float] = {}
-    for name, parts in differences.items():
-        values = np.concatenate(parts) if parts else np.empty(0)
+    for name, gaps in parts.items():
+        values = np.concatenate(gaps) if gaps else np.empty(0)
         if len(values):
-            metrics[f"mismatch/{name}_context_max"] = float(values.max())
-            metrics[f"mismatch/{name}_context_mean"] = float(values.mean())
+            metrics[f"mismatch/{name}_max"] = float(values.max())
+            metrics[f"mismatch/{name}_mean"] = float(values.mean())
     return metrics
+
+
+def mismatch_warning(metrics: Mapping[str, float], bound: float) -> str | None:
+    """What to say about a step whose mean mismatch exceeds ``bound`` nats in some region; None if it does in none."""
+    over = {name: metrics.get(f"mismatch/{name}_mean", 0.0) for name in REGIONS}
+    over = {name: value for name, value in over.items() if not value <= bound}  # NaN is over every bound
+    if not over:
+        return None
+    found = ", ".join(f"{name} {value:.3g}" for name, value in over.items())
+    return (
+        f"engine and trainer disagree: mean |log-prob difference| is {found} nats, above "
+        f"parallel_r1.mismatch_bound={bound}; the sampled policy is not the trained one"
+    )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 from parallel_r1 import environment
+from parallel_r1.training import fidelity
 from parallel_r1.training.compose import from_command_line
 
 
 def main() -> None:
     config = from_command_line()
     environment.prepare(config.trainer.device)
+    try:
+        fidelity.apply_to_engine(config, fidelity.parallel_config(config))
+    except ValueError as error:
+        sys.exit(f"parallel_r1.training.rl: {error}")
 
     import ray
     from verl.trainer.main_ppo import run_ppo

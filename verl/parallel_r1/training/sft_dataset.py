@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from parallel_r1.format import check
 from parallel_r1.tags import TagIds, tag_ids
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,13 @@ def loss_mask(response_ids: np.ndarray, tags: TagIds, join_tokens: int) -> np.nd
 class TraceDataset(Dataset):
     """Rows ``prompt`` (chat messages) and ``response`` (text) -> ``input_ids``, ``position_ids``, ``loss_mask``.
 
-    Rows longer than ``data.max_length`` tokens are counted and left out, never cut.
+    The engine derives mask and positions from the token ids (``parallel_r1.structure``) and packs the rows of a micro
+    batch. The loss is on the response, without the tokens that a rollout inserts (unless ``data.train_inserted``).
+    Rows longer than ``data.max_length`` tokens, and responses that violate the format, are counted and left out, never
+    cut: half a block would teach the model to write half a block.
+
+    Attributes:
+        dropped: how many rows were left out, by reason.
 
     Raises:
         ValueError: a file lacks a column, or no row is left.
@@ -65,20 +73,26 @@ class TraceDataset(Dataset):
         prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         responses = tokenizer(list(frame["response"]), add_special_tokens=False)["input_ids"]
         self.rows: list[dict[str, torch.Tensor]] = []
-        self.too_long = 0
-        for prompt, response in zip(prompt_ids, responses, strict=True):
+        self.dropped: Counter[str] = Counter()
+        for text, prompt, response in zip(frame["response"], prompt_ids, responses, strict=True):
+            violations = check(text)
             response = np.array([*response, tokenizer.eos_token_id])
             if len(prompt) + len(response) > config.max_length:
-                self.too_long += 1
-                continue
-            ids = torch.from_numpy(np.concatenate([np.array(prompt, dtype=np.int64), response]))
-            mask = torch.zeros_like(ids)
-            mask[len(prompt) :] = torch.from_numpy(loss_mask(response, tags, join_tokens))
-            self.rows.append({"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": mask})
-        if self.too_long:
-            logger.warning("%d of %d rows exceed data.max_length=%d", self.too_long, len(frame), config.max_length)
+                self.dropped[f"longer than data.max_length={config.max_length} tokens"] += 1
+            elif violations:
+                self.dropped[violations[0].split(" at character")[0]] += 1
+            else:
+                ids = torch.from_numpy(np.concatenate([np.array(prompt, dtype=np.int64), response]))
+                mask = torch.zeros_like(ids)
+                trained = config.get("train_inserted", False)
+                mask[len(prompt) :] = 1 if trained else torch.from_numpy(loss_mask(response, tags, join_tokens))
+                self.rows.append({"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": mask})
+        kept = f"{len(self.rows)} of {len(frame)} rows of {', '.join(map(str, files))}"
+        if self.dropped:
+            reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+            logger.warning("%s kept; left out: %s", kept, reasons)
         if not self.rows:
-            raise ValueError(f"{files}: no row fits into data.max_length={config.max_length} tokens")
+            raise ValueError(f"{kept} can be trained on: {dict(self.dropped)}")
 
     def __len__(self) -> int:
         return len(self.rows)

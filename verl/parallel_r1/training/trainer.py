@@ -11,6 +11,7 @@ How it departs from textbook GRPO is configuration (``configs/rl.yaml``); this c
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from parallel_r1.rewards.manager import VALIDATION_KEY
 from parallel_r1.rewards.schedule import phase
 from parallel_r1.rollout.client import RolloutClient
 from parallel_r1.tags import tag_ids
-from parallel_r1.training.metrics import mismatch_metrics, rollout_metrics
+from parallel_r1.training.metrics import mismatch_metrics, mismatch_warning, rollout_metrics
+
+logger = logging.getLogger(__name__)
 
 MAX_FAILED_SHARE = 0.1  # of a step's rollouts; above it something is broken rather than unlucky
 
@@ -95,11 +98,19 @@ class ParallelTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_old_log_prob(batch, metrics)
-        fields = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
+        fields = ["responses", "rollout_log_probs", "old_log_probs"]
         keys = self._real_keys(batch)
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
-        rows = zip(*([tensor.numpy() for tensor in data[name].unbind()] for name in fields), strict=True)
-        metrics.update(mismatch_metrics(rows, self.tags))
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[*fields, "extra_fields"])
+        responses, engine, trainer = ([tensor.numpy() for tensor in data[name].unbind()] for name in fields)
+        sampled = [np.ones(len(ids), dtype=bool) for ids in responses]
+        for mask, extra in zip(sampled, _objects(data["extra_fields"]), strict=True):
+            mask[list(extra["inserted"])] = False
+        found = mismatch_metrics(zip(responses, sampled, engine, trainer, strict=True), self.tags)
+        metrics.update(found)
+        warning = mismatch_warning(found, self.parallel.mismatch_bound)
+        if warning:
+            logger.warning("step %d: %s", self.global_steps, warning)
+        metrics["mismatch/over_bound"] = float(warning is not None)
         return batch
 
     def _compute_metrics(
