@@ -1,4 +1,4 @@
-"""Fork and join through a vLLM engine in this process, and compare every generated token with a dense Hugging Face forward.
+"""Fork and join through a vLLM engine in this process, and compare every generated token with a dense forward.
 
     python engine_parity.py MODEL '{"engine": {...}, "break": null}'   -> one line of JSON
 

@@ -110,7 +110,7 @@ def test_schedule_alternates_and_switches_for_good() -> None:
     [
         ({"reward": {"window": -1}}, "window is -1"),
         ({"reward": {"windw": 3}}, "unknown key parallel_r1.reward.windw"),
-        ({"reward": {"window": "ten"}}, "expected int"),
+        ({"reward": {"window": "ten"}}, "valid integer"),
         ({"reward": {"window": 4, "accuracy_steps": 5}}, "more than the window"),
         ({"rollout": {"num_paths": 0}}, "num_paths is 0"),
         ({"rolout": {}}, "unknown key parallel_r1.rolout"),

@@ -73,13 +73,15 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
     sft = out / "sft" / f"global_step_{s.sft_steps}" / "huggingface"
     rl = out / "rl" / f"global_step_{s.rl_steps}" / "actor" / "huggingface"
     seed = str(s.seed)
+    variant = [key for key in overrides if key.startswith(("parallel_r1.variant=", "parallel_r1.fidelity="))]
     micro = min(64, s.rollout_prompts // 2 * 8)  # verl wants mini-batches to be multiples of it; 8 rollouts a prompt
 
     def evaluate(name: str, checkpoint: Path) -> Stage:
         command = [python, "-m", "parallel_r1.evaluation.generate", "quickstart_rl", "--model", str(checkpoint)]
         command += ["--problems", str(data / "heldout.parquet"), "--out", str(out / f"{name}_samples.jsonl")]
         title = f"evaluation of the {name.upper()} checkpoint"
-        return Stage(f"evaluate_{name}", title, [*command, "--seed", seed], 35, environment=CPU | FORK)
+        command += ["--seed", seed, *[key for key in overrides if key.startswith("parallel_r1.")]]
+        return Stage(f"evaluate_{name}", title, command, 35, environment=CPU | FORK)
 
     return [
         Stage(
@@ -102,7 +104,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             [python, "-m", "parallel_r1.training.sft", "quickstart_sft"]
             + [f"data.train_files={data / 'cold_start.parquet'}", f"model.path={model}", f"trainer.seed={seed}"]
             + [f"trainer.default_local_dir={out / 'sft'}", f"trainer.total_training_steps={s.sft_steps}"]
-            + [f"trainer.save_freq={max(1, s.sft_steps // 2)}"],
+            + [f"trainer.save_freq={max(1, s.sft_steps // 2)}", *variant],
             200,
             metrics="sft",
             steps=s.sft_steps,
@@ -322,7 +324,7 @@ def main() -> None:
         "--stall", type=float, default=240, help="seconds without progress after which a stage is ended"
     )
     parser.add_argument("--deadline", type=float, default=1800, help="seconds after which a stage is ended")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides for the RL stage, key=value")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for RL; variant and fidelity for all")
     args = parser.parse_args()
     out = args.out.resolve()
     chosen = settings(args.seed, args.smoke)

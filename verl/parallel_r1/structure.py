@@ -162,8 +162,8 @@ def regions(input_ids: Sequence[int] | np.ndarray, structure: Structure, tags: T
     ids = np.asarray(input_ids, dtype=np.int64).reshape(-1)
     region = np.full(len(ids), TRUNK, dtype=np.int8)
     opens, closes = (np.flatnonzero(ids == tag) for tag in (tags.summary_open, tags.summary_close))
-    starts = [block.start for block in structure.blocks[1:]] + [len(ids)]
-    for block, limit in zip(structure.blocks, starts, strict=True):
+    limits = [*(block.start for block in structure.blocks), len(ids)][1:]
+    for block, limit in zip(structure.blocks, limits, strict=True):
         if block.end is None:
             region[block.start + 1 :] = PATH
             continue

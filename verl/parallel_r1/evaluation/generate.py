@@ -12,14 +12,13 @@ import argparse
 import asyncio
 import json
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from parallel_r1 import environment
@@ -30,14 +29,25 @@ from parallel_r1.rewards.schedule import Phase
 from parallel_r1.rollout.fork_join import ForkJoin, Rollout, Sampled, Segment
 from parallel_r1.structure import annotate
 from parallel_r1.tags import tag_ids
+from parallel_r1.training import fidelity
 from parallel_r1.training.compose import ConfigError, compose
 
 CONCURRENCY = 256  # problems in flight
 
 
-def seed_of(run_seed: int, problem: int, sample: int, segment: Segment) -> int:
-    """Seed of one request: the same for the same place in the same run, whatever runs beside it."""
-    return zlib.crc32(repr((run_seed, problem, sample, *segment)).encode())
+def check_structure(model: Path, parallel: ParallelConfig) -> None:
+    """A checkpoint says how it was trained; answering with another structure would measure another policy.
+
+    Raises:
+        ValueError: it was trained with another variant or with prompt tags parsed otherwise.
+    """
+    trained = json.loads((model / "config.json").read_text()).get(fidelity.STRUCTURE_KEY)
+    wanted = fidelity.structure_kind(parallel)
+    if trained not in (None, wanted):
+        raise ValueError(
+            f"{model} was trained with {fidelity.STRUCTURE_KEY}={trained}, but parallel_r1.variant={parallel.variant} "
+            f"with fidelity={parallel.fidelity} means {wanted}; evaluate it with the settings of its training"
+        )
 
 
 def to_sample(
@@ -76,9 +86,10 @@ async def generate_samples(
     from vllm.v1.engine.async_llm import AsyncLLM
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    parallel = ParallelConfig.from_mapping(OmegaConf.to_container(config.parallel_r1))
+    parallel = fidelity.parallel_config(config)
     rollout_config = config.actor_rollout_ref.rollout
-    machine = ForkJoin.for_model(tokenizer, str(model), parallel.rollout, config.data.max_response_length)
+    seeded = parallel.rollout.model_copy(update={"seed": seed})
+    machine = ForkJoin.for_model(tokenizer, str(model), seeded, config.data.max_response_length)
     max_model_len = config.data.max_prompt_length + config.data.max_response_length
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
@@ -93,6 +104,7 @@ async def generate_samples(
             distributed_executor_backend="uni" if config.trainer.device == "cpu" else None,
             disable_log_stats=True,
             seed=seed,
+            **fidelity.engine_options(parallel, str(model)),
         )
     )
     sampling = {"temperature": rollout_config.temperature, "top_p": rollout_config.top_p, "top_k": rollout_config.top_k}
@@ -100,9 +112,7 @@ async def generate_samples(
 
     async def answer(index: int, sample: int, row: dict[str, Any]) -> dict[str, Any]:
         async def generate(prefix: list[int], request: dict[str, Any], segment: Segment) -> Sampled:
-            params = SamplingParams(
-                **request, seed=seed_of(seed, index, sample, segment), output_kind=RequestOutputKind.FINAL_ONLY
-            )
+            params = SamplingParams(**request, output_kind=RequestOutputKind.FINAL_ONLY)
             request_id = f"{index}-{sample}-{'-'.join(map(str, segment))}"
             async for output in engine.generate({"prompt_token_ids": prefix}, params, request_id):
                 final = output
@@ -112,7 +122,8 @@ async def generate_samples(
         async with limit:
             prompt = tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, tokenize=False)
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-            return to_sample(await machine.run(generate, prompt_ids, sampling), row, index, sample, tokenizer)
+            rollout = await machine.run(generate, prompt_ids, sampling, (index, sample))
+            return to_sample(rollout, row, index, sample, tokenizer)
 
     try:
         return await asyncio.gather(
@@ -133,13 +144,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="responses per problem")
     parser.add_argument("--limit", type=int, help="only the first problems")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
     args = parser.parse_args()
     for path, what in ((args.model / "config.json", "model"), (args.problems, "problems file")):
         if not path.is_file():
             sys.exit(f"evaluate: no {what} at {path}; check the path")
     try:
-        config = compose(args.config)
-    except ConfigError as error:
+        config = compose(args.config, args.overrides)
+        check_structure(args.model, fidelity.parallel_config(config))
+    except (ConfigError, ValueError) as error:
         sys.exit(f"evaluate: {error}")
     environment.prepare(config.trainer.device)
     rows = pd.read_parquet(args.problems).to_dict("records")[: args.limit]

@@ -16,7 +16,6 @@ from verl.utils.profiler import simple_timer
 from parallel_r1.config import ParallelConfig, RolloutConfig
 from parallel_r1.rollout.fork_join import ForkJoin, Sampled, Segment
 
-
 # Agent loops live for one sample only; what all samples of a process share is made once.
 _shared: dict[str, Any] = {}
 

@@ -35,7 +35,7 @@ def vllm_kwargs(model_path: str | os.PathLike[str], *, prompt_tags: bool = False
     found = next((name for name in config.architectures or [] if name in ARCHITECTURES), None)
     if found is None:
         raise ValueError(
-            f"{model_path}: no structured engine for {config.architectures}; there is one for {', '.join(ARCHITECTURES)}"
+            f"{model_path}: no structured engine for {config.architectures}, only for {', '.join(ARCHITECTURES)}"
         )
     if getattr(config, "use_sliding_window", False):
         raise ValueError(f"{model_path}: sliding-window attention is not supported; set use_sliding_window=false")

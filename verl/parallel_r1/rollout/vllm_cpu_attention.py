@@ -76,7 +76,14 @@ class StructuredCPUAttentionImpl(CPUAttentionBackendImpl):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of B requests, padded to Q rows and K keys: indices (B, Q), valid (B, Q), blocks (B, K / block size), mask."""
+    """Rows of B requests, padded to Q rows and K keys.
+
+    Attributes:
+        row: (B, Q) query rows.
+        valid: (B, Q) bool, False on padding.
+        blocks: (B, K / block size) cache blocks.
+        mask: (B, 1, Q, K) bool, True = may attend.
+    """
 
     row: torch.Tensor
     valid: torch.Tensor
@@ -125,9 +132,7 @@ def read_cache(cache: torch.Tensor, blocks: torch.Tensor, layout: torch.Tensor |
 
 
 @lru_cache
-def cache_layout(
-    dtype: torch.dtype, size: int, dim: int, isa: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def cache_layout(dtype: torch.dtype, size: int, dim: int, isa: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Where keys and values of a block are in the cache: flat index of element (token, dim); None = as written.
 
     The layout depends on the instruction set, so it is found by writing a ramp through the stock operator.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from parallel_r1.config import ParallelConfig
 from parallel_r1.rollout import vllm_kwargs
@@ -56,12 +56,11 @@ def apply(config: DictConfig) -> ParallelConfig:
             "sibling paths"
         )
     paper = parallel.fidelity == "paper"
-    with open_dict(config):
-        model.override_config.setdefault("model_config", {})[STRUCTURE_KEY] = structure_kind(parallel)
-        if not rl:
-            config.data.train_inserted = paper
-            return parallel
-        config.parallel_r1.rollout.stop_after_blocks = paper or parallel.rollout.stop_after_blocks
+    _set(model, f"override_config.model_config.{STRUCTURE_KEY}", structure_kind(parallel))
+    if not rl:
+        _set(config, "data.train_inserted", paper)
+        return parallel
+    _set(config, "parallel_r1.rollout.stop_after_blocks", paper or parallel.rollout.stop_after_blocks)
     if not paper and parallel.variant == "unseen" and parallel.rollout.mode == "sequential":
         raise ValueError(
             "parallel_r1.rollout.mode=sequential decodes blocks causally, which variant=unseen does not train; use "
@@ -93,7 +92,9 @@ def apply_to_engine(config: DictConfig, parallel: ParallelConfig) -> None:
     rollout = config.actor_rollout_ref.rollout
     if rollout.get("quantization"):
         raise ValueError("the structured rollout engine does not support actor_rollout_ref.rollout.quantization")
-    with open_dict(config):
-        engine = rollout.engine_kwargs.setdefault("vllm", {})
-        engine.hf_overrides = {**options.pop("hf_overrides"), **(engine.get("hf_overrides") or {})}
-        rollout.engine_kwargs.vllm = OmegaConf.merge(options, engine)
+    chosen = OmegaConf.select(rollout, "engine_kwargs.vllm") or {}  # a user's own options win
+    _set(rollout, "engine_kwargs.vllm", OmegaConf.merge(options, chosen))
+
+
+def _set(config: DictConfig, key: str, value: Any) -> None:
+    OmegaConf.update(config, key, value, merge=False, force_add=True)
