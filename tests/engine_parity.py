@@ -8,7 +8,6 @@ a chat whose instruction uses the tags, the others continue plain text.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -97,8 +96,7 @@ def check(model: str, options: dict) -> dict:
         rollout.append(output)
 
     preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    del llm
-    gc.collect()
+    llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
     worst, tokens = 0.0, 0

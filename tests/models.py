@@ -16,8 +16,10 @@ sys.path.insert(0, str(ROOT / "data_prep"))
 from tiny_model import build_tokenizer  # noqa: E402
 
 
-def sharp_model(out: Path, family: str = "qwen3", seed: int = 0) -> Path:
+def sharp_model(out: Path, family: str = "qwen3", seed: int = 0, loud: float = 1.0) -> Path:
     """Save a two-layer model of ``family`` ("qwen3" or "llama") with tags and tokenizer to ``out``.
+
+    ``loud`` above 1 makes a Qwen3 open blocks often.
 
     A freshly initialised model hardly attends to anything in particular, and would pass a parity test with any mask.
     """
@@ -45,7 +47,9 @@ def sharp_model(out: Path, family: str = "qwen3", seed: int = 0) -> Path:
             torch.nn.init.constant_(parameter, 1.6)
     add_tags(model, tokenizer)
     with torch.no_grad():  # mean rows are small; the tags must matter as much as other tokens
-        model.get_input_embeddings().weight[-6:] = 0.15 * torch.randn(6, sizes["hidden_size"])
+        tags = 0.15 * torch.randn(6, sizes["hidden_size"])
+        tags[0] *= loud  # with tied embeddings, the further a row reaches the more often its token is sampled
+        model.get_input_embeddings().weight[-6:] = tags
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -135,7 +135,8 @@ def sequences(tags: TagIds, vocabulary: int, seed: int = 0) -> list[list[int]]:
             ids += [tags.parallel_open]
             for _ in range(3):
                 ids += [tags.path_open, *words(2, 15), tags.path_close]
-            ids += [tags.parallel_close, *words(1, 3), tags.summary_open, *words(2, 9), tags.summary_close, *words(2, 9)]
+            ids += [tags.parallel_close, *words(1, 3), tags.summary_open, *words(2, 9), tags.summary_close]
+            ids += words(2, 9)
         found.append(ids)
     return found
 

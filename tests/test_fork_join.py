@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from parallel_r1.chat import ChatFormat
 from parallel_r1.config import RolloutConfig
 from parallel_r1.format import check
 from parallel_r1.rollout.fork_join import ForkJoin, Rollout, Sampled, Segment
@@ -36,7 +37,7 @@ class Engine:
         for token in self.script[segment]:
             if len(out) == request["max_tokens"]:
                 break
-            if token in request["logit_bias"]:
+            if token in request.get("logit_bias", ()):
                 continue
             out.append(token)
             if token in request["stop_token_ids"] or token == EOS:
@@ -136,3 +137,110 @@ def test_an_engine_error_is_not_swallowed() -> None:
     machine = ForkJoin(IDS, RolloutConfig(), join_ids=[NEWLINE], end_ids=[EOS], max_response_tokens=50)
     with pytest.raises(ConnectionError, match="engine is gone"):
         asyncio.run(machine.run(broken, PROMPT, {}))
+
+
+def test_a_failed_path_is_tried_once_more_then_closed_and_counted() -> None:
+    class Flaky(Engine):
+        failures: dict[Segment, int]
+
+        async def __call__(self, prefix: list[int], request: dict[str, Any], segment: Segment) -> Sampled:
+            if self.failures.get(segment, 0):
+                self.failures[segment] -= 1
+                raise ConnectionError("no answer")
+            return await super().__call__(prefix, request, segment)
+
+    engine = Flaky(script())
+    engine.failures = {Segment("path", 0, 1): 1}
+    with pytest.warns(RuntimeWarning, match="attempt 1 of 2.*no answer"):
+        out = decode(engine)
+    assert out.token_ids == JOINED and out.failed_paths == 0
+
+    engine.failures = {Segment("path", 0, 1): 2}
+    with pytest.warns(RuntimeWarning, match="attempt 2 of 2"):
+        out = decode(engine)
+    assert out.failed_paths == 1 and out.forced_closers == 1
+    assert out.token_ids == [10, PO, P, 20, 30, EP, P, EP, PC, NEWLINE, S, 40, ES, 50, EOS]
+    assert out.inserted == [2, 6, 7, 8, 9, 10]
+
+
+def test_seeds_depend_on_the_place_and_on_nothing_else() -> None:
+    def seeds(place: tuple[int, ...], **config: Any) -> dict[Segment, int | None]:
+        engine = Engine(script())
+        rollout = RolloutConfig(**config)
+        machine = ForkJoin(IDS, rollout, join_ids=[NEWLINE], end_ids=[EOS], max_response_tokens=200)
+        asyncio.run(machine.run(engine, PROMPT, {}, place))
+        return {segment: request.get("seed") for segment, (_, request) in engine.asked.items()}
+
+    one = seeds((3, 5), seed=1)
+    assert one == seeds((3, 5), seed=1)
+    assert len(set(one.values())) == len(one) == 5  # trunk, two paths, summary, trunk
+    assert not set(one.values()) & set(seeds((3, 6), seed=1).values())
+    assert not set(one.values()) & set(seeds((3, 5), seed=2).values())
+    assert set(seeds((3, 5)).values()) == {None}
+
+
+def test_the_number_of_paths_can_be_drawn_for_every_block() -> None:
+    endless = {Segment("trunk", b): [10, PO] for b in range(31)} | {Segment("summary", b): [40, ES] for b in range(30)}
+    endless |= {Segment("path", b, k): [20, EP] for b in range(30) for k in range(4)}
+
+    def counts(seed: int | None) -> list[int]:
+        out = decode(Engine(endless), tokens=900, num_paths=[2, 4], max_blocks=30, seed=seed)
+        return [len(block.paths) for block in annotate(out.token_ids, IDS).blocks]
+
+    first = counts(7)
+    assert set(first) == {2, 3, 4} and first == counts(7) and first != counts(8)
+    assert set(counts(None)) <= {2, 3, 4}
+
+
+def test_temperature_and_top_p_per_path() -> None:
+    engine = Engine(script(3))
+    decode(engine, num_paths=3, path_temperature=[0.5, 1.5], path_top_p=0.9)
+    asked = {segment: (r["temperature"], r.get("top_p")) for segment, (_, r) in engine.asked.items()}
+    assert [asked[Segment("path", 0, k)] for k in range(3)] == [(0.5, 0.9), (1.5, 0.9), (0.5, 0.9)]
+    assert asked[Segment("trunk", 0)] == asked[Segment("summary", 0)] == (1.0, None)
+
+
+def test_budgets_per_block_and_on_the_critical_path() -> None:
+    endless = {Segment("trunk", 0): [10, PO], Segment("trunk", 1): [50] * 99, Segment("summary", 0): [40, ES]}
+    endless |= {Segment("path", 0, k): [20] * 99 for k in range(4)}
+    engine = Engine(endless)
+    decode(engine, tokens=400, num_paths=4, max_block_tokens=40)
+    assert engine.asked[Segment("path", 0, 0)][1]["max_tokens"] == 40 // 4 - 2
+
+    for limit in range(12, 60):
+        engine = Engine(endless)
+        out = decode(engine, tokens=400, num_paths=4, max_critical_tokens=limit)
+        structure = annotate(out.token_ids, IDS)
+        assert structure.critical_tokens <= limit and out.truncated
+    assert len(out.token_ids) > 2 * limit  # all tokens may be far more
+    assert structure.critical_tokens == limit  # and the budget is used
+
+
+def test_sequential_mode_is_one_plain_request() -> None:
+    written = [10, PO, P, 20, EP, P, 21, EP, PC, S, 40, ES, 50, EOS]
+    engine = Engine({Segment("trunk", 0): written})
+    out = decode(engine, mode="sequential")
+    assert out.token_ids == written and out.mask == [1] * len(written) and not out.truncated
+    (request,) = (request for _, request in engine.asked.values())
+    assert request["stop_token_ids"] == [EOS] and "logit_bias" not in request
+    assert decode(Engine({Segment("trunk", 0): [10] * 99}), mode="sequential", tokens=9).truncated
+
+
+def test_paper_mode_stops_after_the_last_block() -> None:
+    engine = Engine(script())
+    out = decode(engine, max_blocks=1, stop_after_blocks=True)
+    assert out.token_ids == JOINED[: JOINED.index(ES) + 1] and out.truncated
+    assert Segment("trunk", 1) not in engine.asked
+    assert decode(Engine({Segment("trunk", 0): [10, EOS]}), max_blocks=0, stop_after_blocks=True).token_ids == [10, EOS]
+
+
+def test_a_prompt_after_which_no_block_can_open_is_refused() -> None:
+    chat = ChatFormat(start=(90,), header=(90, 91), end=(92,))
+    machine = ForkJoin(IDS, RolloutConfig(), join_ids=[NEWLINE], end_ids=[EOS, 92], max_response_tokens=50, chat=chat)
+    engine = Engine(script())
+    with pytest.raises(ValueError, match="does not end in an assistant turn"):
+        asyncio.run(machine.run(engine, [90, 93, 7, 92], {}))
+    with pytest.raises(ValueError, match="inside a block"):
+        asyncio.run(machine.run(engine, [90, 91, PO, P, 5], {}))
+    assert not engine.asked
+    assert asyncio.run(machine.run(engine, [90, 93, PO, 7, 92, 90, 91, NEWLINE], {})).token_ids == JOINED

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 import time
+import warnings
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +31,6 @@ from parallel_r1.tags import TagIds, tag_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 FORBIDDEN = -100.0  # logit bias that the sampler cannot overcome
 
@@ -270,7 +268,7 @@ class _Response:
             try:
                 return await self._decode(prefix, request, segment)
             except Exception as error:
-                logger.warning("%s of %s failed (attempt %d of 2): %r", segment, self.place, attempt, error)
+                warnings.warn(f"{segment} failed (attempt {attempt} of 2): {error!r}", RuntimeWarning, stacklevel=2)
         self.out.failed_paths += 1
         return Sampled([], [])
 

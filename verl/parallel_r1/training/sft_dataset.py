@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from parallel_r1.format import check
 from parallel_r1.tags import TagIds, tag_ids
-
-logger = logging.getLogger(__name__)
 
 
 def loss_mask(response_ids: np.ndarray, tags: TagIds, join_tokens: int) -> np.ndarray:
@@ -90,7 +88,7 @@ class TraceDataset(Dataset):
         kept = f"{len(self.rows)} of {len(frame)} rows of {', '.join(map(str, files))}"
         if self.dropped:
             reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-            logger.warning("%s kept; left out: %s", kept, reasons)
+            warnings.warn(f"{kept} kept; left out: {reasons}", RuntimeWarning, stacklevel=2)
         if not self.rows:
             raise ValueError(f"{kept} can be trained on: {dict(self.dropped)}")
 

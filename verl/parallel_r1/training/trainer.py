@@ -11,7 +11,7 @@ How it departs from textbook GRPO is configuration (``configs/rl.yaml``); this c
 from __future__ import annotations
 
 import json
-import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,6 @@ from parallel_r1.rewards.schedule import phase
 from parallel_r1.rollout.client import RolloutClient
 from parallel_r1.tags import tag_ids
 from parallel_r1.training.metrics import mismatch_metrics, mismatch_warning, rollout_metrics
-
-logger = logging.getLogger(__name__)
 
 MAX_FAILED_SHARE = 0.1  # of a step's rollouts; above it something is broken rather than unlucky
 
@@ -109,7 +107,7 @@ class ParallelTrainer(PPOTrainerSync):
         metrics.update(found)
         warning = mismatch_warning(found, self.parallel.mismatch_bound)
         if warning:
-            logger.warning("step %d: %s", self.global_steps, warning)
+            warnings.warn(f"step {self.global_steps}: {warning}", RuntimeWarning, stacklevel=2)
         metrics["mismatch/over_bound"] = float(warning is not None)
         return batch
 
