@@ -345,9 +345,9 @@ def test_report_by_hand(make_report, tmp_path):
     metrics = write_lines(
         tmp_path / "m.jsonl",
         [
-            step(1, reward__phase=0, mismatch__same_context_max=1e-5),
-            step(2, reward__phase=2, mismatch__same_context_max=3e-5),
-            step(3, reward__phase=2, mismatch__same_context_max=2e-5),
+            step(1, reward__phase=0, mismatch__path_max=1e-5),
+            step(2, reward__phase=2, mismatch__path_max=3e-5),
+            step(3, reward__phase=2, mismatch__path_max=2e-5),
         ],
     )
     out, report, text = make_report(make_samples(10), make_samples(30), [metrics])
@@ -359,12 +359,12 @@ def test_report_by_hand(make_report, tmp_path):
     assert report["training"] == {
         "steps": 3,
         "switch_step": 2,
-        "mismatch": {"same_context_max": 3e-5, "other_context_max": None},
+        "mismatch": {"trunk": None, "path": 3e-5, "summary": None, "after": None},
         "skipped_lines": 0,
     }
     assert "RL raised accuracy on 40 held-out problems: 25.0% before, 75.0% after" in text
     assert "| RL | 75.0% [" in text and "| 100.0% | 100.0% | 2.00 | 40.0 | 30.0 | 75.0% |" in text
-    assert "| total | 161.8 |" in text and "step 2" in text and "3e-05 nats" in text and "not logged" in text
+    assert "| total | 161.8 |" in text and "step 2" in text and "trunk none logged, path 3e-05 nats" in text
     images = [token.attrs["src"] for token in tokens(text) if token.type == "image"]
     assert images == ["plots/training.png"] and png_size(out / images[0]) == (1600, 1200)
     links = [token.attrs["href"] for token in tokens(text) if token.type == "link_open"]

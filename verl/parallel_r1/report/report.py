@@ -18,10 +18,10 @@ from parallel_r1.evaluation.metrics import Interval, Sample, paired_gain, read_s
 from parallel_r1.report import replacing
 from parallel_r1.report.plots import OVERVIEW, PANELS, TrainingMetrics, load_training_metrics, plot_training
 from parallel_r1.report.tree import escape, render_tree, shorten
+from parallel_r1.structure import REGIONS
 
 VALID_TARGET = 0.9  # below this share of valid responses the headline says so
 FEW_PROBLEMS = 30  # below this number the headline warns about its interval
-MISMATCHES = ("same_context_max", "other_context_max")
 _SAMPLING_SEED = 0
 _ROUNDING = 1e-9  # sums of thirds that should be zero are not quite
 _NONE = "–"
@@ -132,7 +132,7 @@ def fence(content: str, info: str = "text") -> str:
 
 
 def _training(training: TrainingMetrics) -> dict[str, Any]:
-    mismatch = {name: training.series(f"mismatch/{name}")[1] for name in MISMATCHES}
+    mismatch = {name: training.series(f"mismatch/{name}_max")[1] for name in REGIONS}
     return {
         "steps": training.last_step(),
         "switch_step": training.switch_step(),
@@ -170,10 +170,11 @@ def _training_lines(training: Mapping[str, Any]) -> str:
     steps, switch, skipped = training["steps"], training["switch_step"], training["skipped_lines"]
     lines = [f"- Last step: {_NONE if steps is None else steps}"]
     lines += [f"- Mid-training switch to the accuracy reward: {'none' if switch is None else f'step {switch}'}"]
-    for name, text in zip(MISMATCHES, ("the same context", "other contexts"), strict=True):
-        value = training["mismatch"][name]
-        shown = "not logged" if value is None else f"{value:.2g} nats"
-        lines += [f"- Largest log-probability difference between engine and trainer in {text}: {shown}"]
+    shown = {
+        name: "none logged" if value is None else f"{value:.2g} nats" for name, value in training["mismatch"].items()
+    }
+    regions = ", ".join(f"{name} {value}" for name, value in shown.items())
+    lines += [f"- Largest log-probability difference between engine and trainer: {regions}"]
     if skipped:
         lines += [f"- Torn lines left out of the metrics (the run was killed while writing): {skipped}"]
     return "\n".join(lines)
