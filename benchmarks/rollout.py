@@ -153,9 +153,8 @@ def main() -> None:
             ]
     overall = {way: statistics.median(found) for way, found in ratios.items()}
     Console(width=120).print(table)
-    print(
-        f"structured / stock, median over all runs: {overall['forked']:.3f} forked, {overall['sequential']:.3f} sequential"
-    )
+    forked, sequential = overall["forked"], overall["sequential"]
+    print(f"structured / stock, median over all runs: {forked:.3f} forked, {sequential:.3f} sequential")
     if args.out:
         args.out.write_text(json.dumps({"rows": results, "structured_over_stock": overall}, indent=2) + "\n")
 

@@ -154,9 +154,9 @@ def test_metadata_of_an_unknown_kind_is_an_error() -> None:
 # ---- rows and segments of a step, and what the backends do with them
 
 
-def step(rng: np.random.Generator) -> dict[str, Any]:
+def step(rng: np.random.Generator, dim: int = 8) -> dict[str, Any]:
     """A step of three requests, each with a chunk of its prompt to compute, and their paged key-value cache."""
-    size, heads, kv_heads, dim = 16, 4, 2, 8
+    size, heads, kv_heads = 16, 4, 2
     requests = []
     for _ in range(3):
         ids = [7] * int(rng.integers(1, 20))

@@ -44,6 +44,10 @@ def test_every_configuration_composes(name: str) -> None:
         ("nothing", "", "no configuration 'nothing'"),
         ("quickstart_rl", "actor_rollout_ref.rollout.temperature=0.7", "processed_logprobs"),
         ("quickstart_rl", "actor_rollout_ref.rollout.full_determinism=true", "full_determinism"),
+        ("quickstart_rl", "actor_rollout_ref.rollout.max_num_batched_tokens=4096", "max_num_batched_tokens=98304"),
+        ("quickstart_rl", "parallel_r1.rollout.mode=sequential", "mode=forked, variant=seen"),
+        ("quickstart_sft", "model.override_config.attn_implementation=sdpa", "needs attn_implementation"),
+        ("quickstart_rl", "parallel_r1.rollout.num_paths=[3,2]", "the first number is the least"),
     ],
 )
 def test_configuration_errors_are_one_line(name: str, override: str, message: str) -> None:

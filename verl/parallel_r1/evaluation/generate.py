@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first problems")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides may follow options
     for path, what in ((args.model / "config.json", "model"), (args.problems, "problems file")):
         if not path.is_file():
             sys.exit(f"evaluate: no {what} at {path}; check the path")

@@ -38,21 +38,36 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         if "parallel_r1" in config:
             fidelity.apply(config)
         if "actor_rollout_ref" in config:
-            rollout = config.actor_rollout_ref.rollout
-            if rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1.0:
-                raise ValueError(
-                    f"actor_rollout_ref.rollout.temperature is {rollout.temperature}, but raw_logprobs are those of "
-                    "temperature 1; set actor_rollout_ref.rollout.logprobs_mode=processed_logprobs"
-                )
-            if rollout.full_determinism:
-                raise ValueError(
-                    "actor_rollout_ref.rollout.full_determinism gives all paths of a rollout one request id, and vLLM "
-                    "refuses the second; set it to false"
-                )
+            _check_rollout(config)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"configuration {name!r} with {list(overrides)}: {reason}") from error
     return config
+
+
+def _check_rollout(config: DictConfig) -> None:
+    """Rollout settings under which an engine would fail late, or log-probabilities would be wrong.
+
+    Raises:
+        ValueError: with the key and the remedy.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1.0:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.temperature is {rollout.temperature}, but raw_logprobs are those of "
+            "temperature 1; set actor_rollout_ref.rollout.logprobs_mode=processed_logprobs"
+        )
+    if rollout.full_determinism:
+        raise ValueError(
+            "actor_rollout_ref.rollout.full_determinism gives all paths of a rollout one request id, and vLLM "
+            "refuses the second; set it to false"
+        )
+    seeded, room = config.parallel_r1.rollout.seed is not None, rollout.max_num_seqs * (rollout.max_model_len or 0)
+    if seeded and config.trainer.device == "cpu" and rollout.max_num_batched_tokens < room:
+        raise ValueError(
+            f"parallel_r1.rollout.seed is set, and vLLM's CPU engine fails on a seeded request that it prefills in "
+            f"parts; set actor_rollout_ref.rollout.max_num_batched_tokens={room} (max_num_seqs * max_model_len)"
+        )
 
 
 def from_command_line() -> DictConfig:

@@ -13,6 +13,7 @@ variant decode later paths without their siblings and train them with: the misma
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -56,6 +57,14 @@ def apply(config: DictConfig) -> ParallelConfig:
             "sibling paths"
         )
     paper = parallel.fidelity == "paper"
+    chosen = (parallel.rollout.path_temperature, parallel.rollout.path_top_p)
+    if rl and chosen != (None, None):
+        warnings.warn(
+            f"paths are sampled with temperature and top-p {chosen} of their own but trained as the policy itself: "
+            "off-policy by choice, which mismatch/* does not show",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     _set(model, f"override_config.model_config.{STRUCTURE_KEY}", structure_kind(parallel))
     if not rl:
         _set(config, "data.train_inserted", paper)
