@@ -174,11 +174,13 @@ def structured_attention(
         output, _ = flex_attention_forward(module, query, key, value, structure.block_mask, scaling=scaling)
         return output, None
     index, valid, mask = structure.padded
-    batch = [x[0].transpose(0, 1)[index].transpose(1, 2) for x in (query, key, value)]
+    batch = [query, key, value]
+    if len(index) > 1:
+        batch = [x[0].transpose(0, 1)[index].transpose(1, 2) for x in batch]
     output = F.scaled_dot_product_attention(
         *batch, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-    )
-    return output.transpose(1, 2)[valid][None], None
+    ).transpose(1, 2)
+    return (output[valid][None] if len(index) > 1 else output), None
 
 
 def register() -> None:
