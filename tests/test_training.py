@@ -225,6 +225,8 @@ def test_engine_log_probs_do_not_depend_on_packing(cpu: None, tmp_path: Path) ->
         found = infer(engine, rows, **options)
         for ours, theirs in zip(found, expected, strict=True):
             assert (ours[:-1] - theirs).abs().max() < 1e-5, options
+    reference = infer(make_engine(path, forward_only=True), rows, micro_batch_size_per_gpu=3)
+    assert all((a[:-1] - b).abs().max() < 1e-5 for a, b in zip(reference, expected, strict=True))
     control = infer(make_engine(path, kind="causal"), rows, micro_batch_size_per_gpu=3)
     assert max((a[:-1] - b).abs().max() for a, b in zip(control, expected, strict=True)) > 0.1
 
@@ -234,6 +236,7 @@ def test_engine_log_probs_do_not_depend_on_packing(cpu: None, tmp_path: Path) ->
     [
         ({"use_remove_padding": False}, "use_remove_padding=false"),
         ({"pad_to_length": True}, "pad_to_length"),
+        ({"ulysses_sequence_parallel_size": 2}, "ulysses_sequence_parallel_size > 1"),
         ({"kind": "some"}, "must be causal, turns or everywhere"),
     ],
 )

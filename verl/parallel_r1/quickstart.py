@@ -27,6 +27,7 @@ from parallel_r1.report import replacing
 from parallel_r1.report.report import headline, write_report
 from parallel_r1.run_lock import RunLock, RunLockError
 from parallel_r1.supervise import StageResult, run_stage
+from parallel_r1.training import fidelity
 from parallel_r1.training.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,8 +278,10 @@ def open_folder(out: Path, s: Settings, overrides: Sequence[str]) -> None:
         raise ValueError(
             f"{out} holds files but no run ({', '.join(sorted(foreign)[:3])}, …); use --out with another folder"
         )
-    commit, versions = record.git_commit(ROOT), record.package_versions()
-    _write_json(path, wanted | {"commit": commit, "versions": versions, "machine": record.machine(), "started": _now()})
+    parallel = fidelity.parallel_config(compose("quickstart_rl", overrides))
+    wanted |= {"variant": parallel.variant, "fidelity": parallel.fidelity, "commit": record.git_commit(ROOT)}
+    wanted |= {"versions": record.package_versions(), "machine": record.machine(), "started": _now()}
+    _write_json(path, wanted)
     for name in ("quickstart_sft", "quickstart_rl"):
         config = compose(name, overrides if name == "quickstart_rl" else ())
         (out / f"{name}.yaml").write_text(OmegaConf.to_yaml(config))

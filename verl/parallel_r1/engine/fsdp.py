@@ -16,8 +16,10 @@ import torch
 from tensordict import TensorDict
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
+from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -41,22 +43,27 @@ class StructuredFSDPEngine(FSDPEngineWithLMHead):
         ValueError: on construction or on a batch, an option that structured attention does not support.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        config = self.model_config.hf_config
+    def __init__(
+        self,
+        model_config: HFModelConfig,
+        engine_config: FSDPEngineConfig,
+        optimizer_config: FSDPOptimizerConfig,
+        checkpoint_config: CheckpointConfig,
+    ):
+        config = model_config.hf_config
         self.structured = config._attn_implementation == attention.NAME
-        if not self.structured:
-            return
-        _refuse(
-            {
-                "use_remove_padding=false": not self.use_remove_padding,
-                "ulysses_sequence_parallel_size > 1": self.engine_config.ulysses_sequence_parallel_size > 1,
-                "pad_to_length": self.pad_to_length,
-                "use_fused_kernels": self.model_config.use_fused_kernels,
-                "use_sliding_window": getattr(config, "use_sliding_window", False),
-            }
-        )
-        self.annotate = annotator(self.model_config.tokenizer, getattr(config, STRUCTURE_KEY, None))
+        if self.structured:
+            _refuse(
+                {
+                    "use_remove_padding=false": not model_config.use_remove_padding,
+                    "ulysses_sequence_parallel_size > 1": engine_config.ulysses_sequence_parallel_size > 1,
+                    "pad_to_length": engine_config.pad_to_length,
+                    "use_fused_kernels": model_config.use_fused_kernels,
+                    "use_sliding_window": getattr(config, "use_sliding_window", False),
+                }
+            )
+            self.annotate = annotator(model_config.tokenizer, getattr(config, STRUCTURE_KEY, None))
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         if get_device_name() != "cpu":
