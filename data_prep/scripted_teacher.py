@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 
 from parallel_r1.format import check
-from parallel_r1.rewards.grading import grade
+from parallel_r1.rewards.grading import robust
 
 KINDS = {"parallel": 0.75, "plain": 0.25}
 
@@ -56,7 +56,7 @@ def write_trace(terms: tuple[int, int], rng: random.Random) -> Trace:
     work = f"Two ways.\n{block}" if kind == "parallel" else f"{routes[0]}.\n"
     text = f"{work}Final Answer: {total}"
     violations = check(text)
-    verdict = grade(text.rpartition("</Summary>")[2], str(total))
+    verdict = robust(text, str(total))
     if violations or not verdict.correct or routes[0] == routes[1]:
         raise AssertionError(f"bad trace {text!r}: {violations or verdict}")
     return Trace(text, kind)

@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 
 from conftest import ROOT, run_script
 from parallel_r1.format import parse
-from parallel_r1.rewards.reward import score
-from parallel_r1.rewards.schedule import Phase
+from parallel_r1.rewards import score
 from parallel_r1.tags import TAGS, add_tags, tag_ids
 from parallel_r1.training.sft_dataset import TraceDataset
 
@@ -61,7 +60,7 @@ def test_every_trace_passes_and_blocks_hold_two_different_routes() -> None:
         a, b = (rng.choice([n for n in range(11, 100) if n % 10]) for _ in range(2))
         trace = write_trace((a, b), rng)
         kinds.add(trace.kind)
-        assert score(trace.text, str(a + b), Phase.PARALLEL).score == (1.2 if trace.kind == "parallel" else 1.0)
+        assert score("emphase_parallel", trace.text, str(a + b)).score == (1.2 if trace.kind == "parallel" else 1.0)
         if trace.kind == "parallel":
             assert parse(trace.text).paths_per_block == [2]
             first = trace.text.split("<Path>")[1].split("</Path>")[0]
@@ -106,7 +105,7 @@ def tokenizer(tiny_model: Path):
 def test_the_loss_skips_the_prompt_and_what_the_rollout_inserts(arithmetic: Path, tokenizer) -> None:
     file = arithmetic / "cold_start.parquet"
     dataset = TraceDataset(str(file), tokenizer, OmegaConf.create({"max_length": 128}))
-    assert len(dataset) == 300 and dataset.too_long == 0
+    assert len(dataset) == 300 and not dataset.dropped
     texts = pd.read_parquet(file)["response"]
     for row, text in zip((dataset[i] for i in range(40)), texts, strict=False):
         trained = row["input_ids"][row["loss_mask"] == 1]
@@ -120,9 +119,11 @@ def test_long_rows_are_counted_not_cut(arithmetic: Path, tokenizer) -> None:
     whole = TraceDataset(file, tokenizer, OmegaConf.create({"max_length": 128}))
     lengths = np.array([len(whole[i]["input_ids"]) for i in range(len(whole))])
     limit = int(np.median(lengths))
-    part = TraceDataset(file, tokenizer, OmegaConf.create({"max_length": limit}))
-    assert part.too_long == (lengths > limit).sum() > 0 and len(part) + part.too_long == len(whole)
-    with pytest.raises(ValueError, match="no row fits"):
+    with pytest.warns(RuntimeWarning, match="longer than data.max_length"):
+        part = TraceDataset(file, tokenizer, OmegaConf.create({"max_length": limit}))
+    (too_long,) = part.dropped.values()
+    assert too_long == (lengths > limit).sum() > 0 and len(part) + too_long == len(whole)
+    with pytest.raises(ValueError, match="0 of 300 rows"), pytest.warns(RuntimeWarning):
         TraceDataset(file, tokenizer, OmegaConf.create({"max_length": 5}))
 
 

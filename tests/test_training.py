@@ -38,8 +38,8 @@ def test_every_configuration_composes(name: str) -> None:
     ("name", "override", "message"),
     [
         ("quickstart_rl", "foo=1", "foo"),
-        ("quickstart_rl", "+parallel_r1.reward.windw=3", "unknown key parallel_r1.reward.windw"),
-        ("quickstart_rl", "parallel_r1.reward.window=-1", "window is -1"),
+        ("quickstart_rl", "+parallel_r1.reward.recipee=x", "unknown key parallel_r1.reward.recipee"),
+        ("quickstart_rl", "parallel_r1.reward.recipe=acuracy", "unknown reward recipe 'acuracy'"),
         ("quickstart_rl", "not an override", "not an override"),
         ("nothing", "", "no configuration 'nothing'"),
         ("quickstart_rl", "actor_rollout_ref.rollout.temperature=0.7", "processed_logprobs"),
@@ -101,18 +101,23 @@ def test_mismatch_is_split_by_region() -> None:
 
 def test_rollout_metrics_are_counted_by_hand() -> None:
     base = {"valid": 1.0, "violations": [], "truncated": 0.0, "forced_closers": 0.0, "failed_paths": 1.0}
+    base |= {"data_source": "sums", "terms": {"case": 1.0, "length": 0.2}}
     infos = [
         base
         | {"acc": 1.0, "has_block": 1.0, "grade": "ok", "position": 0.2, "tokens": 10, "critical_tokens": 6}
         | {"paths_per_block": [2, 3]},
         base
         | {"acc": 0.0, "has_block": 0.0, "grade": "wrong", "position": None, "tokens": 10, "critical_tokens": 10}
-        | {"paths_per_block": [], "valid": 0.0, "violations": ["unclosed <Path> at character 3"], "truncated": 1.0},
+        | {"paths_per_block": [], "valid": 0.0, "violations": ["unclosed <Path> at character 3"], "truncated": 1.0}
+        | {"data_source": "products", "terms": {"case": -1.0}},
     ]
     found = rollout_metrics(infos, [1.2, -1.0])
     assert found["reward/score"] == pytest.approx(0.1) and found["reward/accuracy"] == 0.5
     assert found["parallel/ratio"] == 0.5 and found["parallel/position"] == 0.2
     assert found["parallel/paths_per_block"] == 2.5 and found["parallel/critical_share"] == 0.8
+    assert found["reward_terms/case"] == 0 and found["reward_terms/length"] == pytest.approx(0.1)
+    assert found["reward/accuracy/sums"] == 1 and found["reward/accuracy/products"] == 0
+    assert found["grade/timeout"] == found["grade/ungraded"] == 0
     assert found["grade/ok"] == found["grade/wrong"] == 0.5 and found["violation/unclosed <Path>"] == 0.5
     assert (
         found["rollout/failed_paths"] == 2

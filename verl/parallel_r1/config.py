@@ -61,25 +61,22 @@ class RolloutConfig(_Config):
 
 
 class RewardConfig(_Config):
-    """S2 and the mid-training switch; see :mod:`parallel_r1.rewards.schedule`.
+    """Which reward is paid when; see :mod:`parallel_r1.rewards.schedule`.
 
     Attributes:
-        window: steps of one alternation window.
-        accuracy_steps: leading steps of a window that pay accuracy; the rest pays the parallel reward.
-        switch_step: first step that pays accuracy only, for good; None never switches.
+        recipe: a file of ``configs/rewards``, without ``.yaml``; it may alternate by itself.
+        switch_step: first step that pays ``switch_recipe``, for good; None never switches.
+        switch_recipe: see there.
+        grader: "robust" or "reference"; None: the one that goes with ``fidelity``.
+        max_ungraded: share of a step's responses with status unparseable, timeout or error above which the run stops;
+            None never stops.
     """
 
-    window: Positive = 10
-    accuracy_steps: Annotated[int, Field(ge=0)] = 8
+    recipe: str = "accuracy_parallel_interv"
     switch_step: Positive | None = None
-
-    @model_validator(mode="after")
-    def _fits_the_window(self) -> RewardConfig:
-        if self.accuracy_steps > self.window:
-            raise ValueError(
-                f"accuracy_steps is {self.accuracy_steps}, more than the window of {self.window} steps; make it smaller"
-            )
-        return self
+    switch_recipe: str = "accuracy"
+    grader: Literal["robust", "reference"] | None = None
+    max_ungraded: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class ParallelConfig(_Config):

@@ -1,4 +1,4 @@
-"""Response text -> valid format or the list of violations.
+"""Response text -> valid format or the list of violations, by three rules.
 
 The strict rule (ours): every block is ``<Parallel>`` + at least two non-empty ``<Path>…</Path>`` with nothing but white
 space between them + ``</Parallel>`` + white space + one closed, non-empty ``<Summary>…</Summary>``; nothing nested, no
@@ -87,6 +87,57 @@ def parse(text: str) -> Parse:
     return result
 
 
-def check(text: str) -> list[str]:
-    """Violations of the strict rule in ``text``, each with its position; empty means valid."""
-    return parse(text).violations
+def check(text: str, rule: str = "strict") -> list[str]:
+    """Violations in ``text``, each with its position; empty means valid.
+
+    Args:
+        rule: "strict" (ours, above), "reference" (decides as the published code: every block is closed and holds as
+            many ``<Path>`` as ``</Path>``, at least two; it overlooks summaries, empty and nested paths and text
+            between paths) or "algorithm1" (the paper's: tags match as a stack that is empty at the end).
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"unknown format rule {rule!r}; there are {', '.join(RULES)}")
+    return RULES[rule](text)
+
+
+def _reference(text: str) -> list[str]:
+    tags = [(match.group(), match.start()) for match in _TAG.finditer(text)]
+    violations: list[str] = []
+    opened: int | None = None  # where the open block began
+    paths = closers = 0
+    for tag, at in tags:
+        if tag == PARALLEL_OPEN:
+            if opened is not None:
+                violations.append(f"unclosed <Parallel> at character {opened}")
+            opened, paths, closers = at, 0, 0
+        elif tag == PARALLEL_CLOSE:
+            if opened is None:
+                violations.append(f"unexpected </Parallel> at character {at}")
+            elif paths != closers or paths < 2:
+                violations.append(f"block with {paths} <Path> and {closers} </Path> at character {opened}")
+            opened = None
+        elif tag == PATH_OPEN and opened is not None:
+            paths += 1
+        elif tag == PATH_CLOSE and opened is not None:
+            closers += 1
+    if opened is not None:
+        violations.append(f"unclosed <Parallel> at character {opened}")
+    return violations
+
+
+def _algorithm1(text: str) -> list[str]:
+    closes = {PARALLEL_CLOSE: PARALLEL_OPEN, PATH_CLOSE: PATH_OPEN, SUMMARY_CLOSE: SUMMARY_OPEN}
+    stack: list[tuple[str, int]] = []
+    for match in _TAG.finditer(text):
+        tag, at = match.group(), match.start()
+        if tag not in closes:
+            stack.append((tag, at))
+        elif not stack or stack.pop()[0] != closes[tag]:
+            return [f"unexpected {tag} at character {at}"]
+    return [f"unclosed {tag} at character {at}" for tag, at in stack]
+
+
+RULES = {"strict": lambda text: parse(text).violations, "reference": _reference, "algorithm1": _algorithm1}

@@ -25,7 +25,7 @@ from parallel_r1 import environment
 from parallel_r1.config import ParallelConfig
 from parallel_r1.report import replacing
 from parallel_r1.rewards.reward import score
-from parallel_r1.rewards.schedule import Phase
+from parallel_r1.rewards.schedule import VALIDATION_RECIPE
 from parallel_r1.rollout.fork_join import ForkJoin, Rollout, Sampled, Segment
 from parallel_r1.structure import annotate
 from parallel_r1.tags import tag_ids
@@ -51,12 +51,12 @@ def check_structure(model: Path, parallel: ParallelConfig) -> None:
 
 
 def to_sample(
-    rollout: Rollout, row: dict[str, Any], index: int, sample: int, tokenizer: PreTrainedTokenizerBase
+    rollout: Rollout, row: dict[str, Any], index: int, sample: int, tokenizer: PreTrainedTokenizerBase, grader: str
 ) -> dict[str, Any]:
     """One line of the samples file (see :mod:`parallel_r1.evaluation.metrics`)."""
     response = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
     gold = row["reward_model"]["ground_truth"]
-    result = score(response, gold, Phase.ACCURACY_ONLY)
+    result = score(VALIDATION_RECIPE, response, gold, grader=grader)
     return {
         "index": index,
         "sample": sample,
@@ -88,6 +88,7 @@ async def generate_samples(
     tokenizer = AutoTokenizer.from_pretrained(model)
     parallel = fidelity.parallel_config(config)
     rollout_config = config.actor_rollout_ref.rollout
+    grader = parallel.reward.grader or "robust"
     seeded = parallel.rollout.model_copy(update={"seed": seed})
     machine = ForkJoin.for_model(tokenizer, str(model), seeded, config.data.max_response_length)
     max_model_len = config.data.max_prompt_length + config.data.max_response_length
@@ -123,7 +124,7 @@ async def generate_samples(
             prompt = tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, tokenize=False)
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
             rollout = await machine.run(generate, prompt_ids, sampling, (index, sample))
-            return to_sample(rollout, row, index, sample, tokenizer)
+            return await asyncio.to_thread(to_sample, rollout, row, index, sample, tokenizer, grader)
 
     try:
         return await asyncio.gather(

@@ -6,6 +6,7 @@ the reward alternates with the step while validation always pays accuracy.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +16,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from parallel_r1.config import ParallelConfig
 from parallel_r1.rewards.reward import score
-from parallel_r1.rewards.schedule import Phase, phase
+from parallel_r1.rewards.schedule import VALIDATION_RECIPE, scheduled
 from parallel_r1.structure import annotate
 from parallel_r1.tags import tag_ids
 
@@ -36,9 +37,12 @@ class ParallelRewardManager(RewardManagerBase):
         fields = item.non_tensor_batch
         response_ids = item.batch["responses"].numpy()
         validate = bool(fields.get(VALIDATION_KEY, False))
-        in_force = Phase.ACCURACY_ONLY if validate else phase(int(fields["global_steps"]), self.reward)
+        step = int(fields["global_steps"])
+        recipe = VALIDATION_RECIPE if validate else scheduled(step, self.reward)[0]
         text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        result = score(text, fields["reward_model"]["ground_truth"], in_force)
+        gold, grader = fields["reward_model"]["ground_truth"], self.reward.grader or "robust"
+        # in a thread: an answer that is hard to grade holds up nobody else's
+        result = await asyncio.to_thread(score, recipe, text, gold, step, grader)
         info: dict[str, Any] = {
             "acc": float(result.grade.correct),
             "has_block": float(result.has_block),
@@ -50,6 +54,9 @@ class ParallelRewardManager(RewardManagerBase):
             starts = [block.start for block in structure.blocks]
             info |= {
                 "grade": result.grade.status,
+                "recipe": result.recipe,
+                "terms": result.terms,
+                "data_source": str(fields.get("data_source", "")),
                 "answer": result.grade.answer,
                 "violations": result.violations,
                 "paths_per_block": result.paths_per_block,

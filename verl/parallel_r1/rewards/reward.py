@@ -1,26 +1,34 @@
-"""Score one response: grade, format and the reward of the phase in force.
-
-accuracy: +1 if correct, else -1.
-parallel: 1.2 correct with a valid block, 1.0 correct without a block, -1 otherwise; a correct answer with a malformed
-block gets -1.
-Source: Parallel-R1 (arXiv 2509.07980), section 3.4; values as in the published code (`accuracy_parallel_interv`).
-"""
+"""Score one response with a reward recipe: grade, format, and what each term pays."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallel_r1.format import parse
-from parallel_r1.rewards.grading import Grade, grade
-from parallel_r1.rewards.schedule import Phase
+from parallel_r1.format import check, parse
+from parallel_r1.rewards import recipes
+from parallel_r1.rewards.grading import Grade, reference, robust
+from parallel_r1.rewards.terms import Response
+
+GRADERS = ("robust", "reference")
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """Reward of one response and what it was made from."""
+    """Reward of one response and what it was made from.
+
+    Attributes:
+        score: sum of ``terms``.
+        terms: what each term paid; "case" is what the recipe's case paid.
+        grade: verdict on the answer.
+        recipe: name of the recipe that was in force.
+        violations: of the format rule that goes with the grader.
+        paths_per_block: closed paths of every block that was opened.
+    """
 
     score: float
+    terms: dict[str, float]
     grade: Grade
+    recipe: str
     violations: list[str]
     paths_per_block: list[int]
 
@@ -29,15 +37,25 @@ class RewardResult:
         return bool(self.paths_per_block)
 
 
-def score(response: str, ground_truth: str, phase: Phase) -> RewardResult:
-    """Reward of ``response`` in ``phase``.
+def score(recipe: str, response: str, ground_truth: str, global_step: int = 0, grader: str = "robust") -> RewardResult:
+    """Reward of ``response`` by ``recipe`` (a file of ``configs/rewards``) at ``global_step``.
+
+    Args:
+        grader: "robust" with the strict format rule, or "reference": verifier and format rule of the published code.
 
     Raises:
-        ValueError: the gold answer cannot be graded.
+        RecipeError: no such recipe.
+        ValueError: no such grader, or no gold answer.
     """
-    parsed = parse(response)
-    verdict = grade(parsed.trunk_after, ground_truth)
-    value = 1.0 if verdict.correct else -1.0
-    if phase is Phase.PARALLEL and verdict.correct and parsed.paths_per_block:
-        value = -1.0 if parsed.violations else 1.2
-    return RewardResult(value, verdict, parsed.violations, parsed.paths_per_block)
+    if grader not in GRADERS:
+        raise ValueError(f"unknown grader {grader!r}; there are {', '.join(GRADERS)}")
+    if not ground_truth or not str(ground_truth).strip():
+        raise ValueError(f"the gold answer is {ground_truth!r}; there is nothing to grade against")
+    name = recipes.in_force(recipe, global_step)
+    if grader == "robust":
+        grade, violations = robust(response, str(ground_truth)), check(response)
+    else:
+        form = recipes.load(name).reference or "math"
+        grade, violations = reference(response, str(ground_truth), form), check(response, "reference")
+    terms = recipes.pay(name, Response(response, grade, violations), global_step)
+    return RewardResult(sum(terms.values()), terms, grade, name, violations, parse(response).paths_per_block)

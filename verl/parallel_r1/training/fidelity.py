@@ -6,6 +6,7 @@
 | inserted tokens in the loss        | masked out                                     | trained            |
 | after the last allowed block       | ``<Parallel>`` forbidden, goes on to an answer | stops              |
 | tags in a prompt                   | ordinary text                                  | parsed as structure |
+| grader                             | robust                                         | last 300 characters |
 
 "Exact" is exact for the unseen variant, and for seen with ``rollout.mode: sequential``. Forked rollouts of the seen
 variant decode later paths without their siblings and train them with: the mismatch monitor shows by how much.
@@ -19,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from parallel_r1.config import ParallelConfig
+from parallel_r1.rewards import schedule
 from parallel_r1.rollout import vllm_kwargs
 
 ATTENTION = "parallel_r1"  # parallel_r1.attention.NAME, which imports torch
@@ -70,6 +72,8 @@ def apply(config: DictConfig) -> ParallelConfig:
         _set(config, "data.train_inserted", paper)
         return parallel
     _set(config, "parallel_r1.rollout.stop_after_blocks", paper or parallel.rollout.stop_after_blocks)
+    _set(config, "parallel_r1.reward.grader", parallel.reward.grader or ("reference" if paper else "robust"))
+    schedule.check(parallel.reward)
     if not paper and parallel.variant == "unseen" and parallel.rollout.mode == "sequential":
         raise ValueError(
             "parallel_r1.rollout.mode=sequential decodes blocks causally, which variant=unseen does not train; use "

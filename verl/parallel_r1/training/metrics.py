@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from parallel_r1.rewards.grading import STATUSES
 from parallel_r1.structure import PATH, REGIONS, annotate, regions
 from parallel_r1.tags import TagIds
 
@@ -35,7 +36,13 @@ def rollout_metrics(infos: Sequence[Mapping[str, Any]], scores: Sequence[float])
         metrics["parallel/position"] = float(np.mean(positions))
     if paths:
         metrics["parallel/paths_per_block"] = float(np.mean(paths))
-    metrics |= {f"grade/{status}": count / len(infos) for status, count in grades.items()}
+    metrics |= {f"grade/{status}": grades[status] / len(infos) for status in STATUSES}
+    metrics["grade/ungraded"] = 1 - (grades["ok"] + grades["wrong"]) / len(infos)
+    for name in sorted({name for info in infos for name in info["terms"]}):
+        metrics[f"reward_terms/{name}"] = float(np.mean([info["terms"].get(name, 0.0) for info in infos]))
+    for source in sorted({info["data_source"] for info in infos}):
+        correct = [info["acc"] for info in infos if info["data_source"] == source]
+        metrics[f"reward/accuracy/{source}"] = float(np.mean(correct))
     metrics |= {f"violation/{kind}": count / len(infos) for kind, count in kinds.items()}
     return metrics
 

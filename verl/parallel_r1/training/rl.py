@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from parallel_r1 import environment
-from parallel_r1.training import fidelity
+from parallel_r1.training import fidelity, gold
 from parallel_r1.training.compose import from_command_line
 
 
@@ -13,7 +13,9 @@ def main() -> None:
     config = from_command_line()
     environment.prepare(config.trainer.device)
     try:
-        fidelity.apply_to_engine(config, fidelity.parallel_config(config))
+        parallel = fidelity.parallel_config(config)
+        fidelity.apply_to_engine(config, parallel)
+        gold.check(config, parallel.reward.grader)
     except ValueError as error:
         sys.exit(f"parallel_r1.training.rl: {error}")
 

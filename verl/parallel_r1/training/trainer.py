@@ -29,7 +29,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from parallel_r1.config import ParallelConfig
 from parallel_r1.rewards.manager import VALIDATION_KEY
-from parallel_r1.rewards.schedule import phase
+from parallel_r1.rewards.schedule import scheduled
 from parallel_r1.rollout.client import RolloutClient
 from parallel_r1.tags import tag_ids
 from parallel_r1.training.metrics import mismatch_metrics, mismatch_warning, rollout_metrics
@@ -120,7 +120,13 @@ class ParallelTrainer(PPOTrainerSync):
         infos = [fields["reward_extra_info"] for fields in _objects(data["extra_fields"])]
         scores = [float(row.sum()) for row in data["rm_scores"].unbind()]
         metrics.update(rollout_metrics(infos, scores))
-        metrics["reward/phase"] = int(phase(global_steps, self.parallel.reward))
+        metrics["reward/phase"] = int(scheduled(global_steps, self.parallel.reward)[1])
+        ungraded, limit = metrics["grade/ungraded"], self.parallel.reward.max_ungraded
+        if limit is not None and ungraded > limit:
+            raise RuntimeError(
+                f"step {global_steps}: {ungraded:.1%} of the responses have no answer that can be graded, more than "
+                f"parallel_r1.reward.max_ungraded={limit}; look at them in {self.config.trainer.rollout_data_dir}"
+            )
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
         keys = sorted(self._real_keys(batch))
