@@ -171,6 +171,14 @@ def test_robust_grading(answer: str, gold: str, status: str) -> None:
     assert robust(f"so\nFinal Answer: {answer}\n", gold).status == status
 
 
+def test_robust_grading_on_hand_checked_pairs() -> None:
+    lines = (Path(__file__).parent / "grading_pairs.txt").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line and not line.startswith("#")]
+    wrong = [row for row in rows if robust(f"so\nFinal Answer: {row[0]}", row[1]).correct != (row[2] == "1")]
+    assert len(rows) >= 200 and 0.3 < sum(row[2] == "1" for row in rows) / len(rows) < 0.8
+    assert len(wrong) <= 0.01 * len(rows), wrong
+
+
 def test_where_an_answer_is_read() -> None:
     assert robust("Final Answer: 1\nFinal Answer: 2", "2").correct
     assert robust("The answer is 2.", "2").correct and robust("so \\boxed{2}.", "2").correct

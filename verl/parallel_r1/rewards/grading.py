@@ -17,13 +17,18 @@ from parallel_r1.format import parse
 STATUSES = ("ok", "wrong", "unparseable", "timeout", "error")
 MAX_ANSWER_CHARS = 500  # the longest gold answer of MATH has 159; beyond it is no answer
 
-_NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,20})?|\.\d{1,20})(?:/\d{1,20})?")
+_NUMBER = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,20})?|\.\d{1,20})(?:e[+-]?\d{1,3}|/\d{1,20})?")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\s*(?:\{(\d{1,20})\}\s*\{(\d{1,20})\}|(\d)\s*(\d))")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\[,!]|,\\!)(?=\d{3}(?:\D|$))")
 _FINAL = re.compile(r"(?i)final\s+answer(?:\s+is)?\**\s*[:：]\s*\**([^\n]*)")
 _ANSWER_IS = re.compile(r"(?i)\banswer\s+is\s*:?\s*([^\n]*)")
+# what may follow a number without changing it; "2 million" and "2x" are other numbers
 _TAIL_UNIT = re.compile(
-    r"(?i)(?<=\d)\s*(?:\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[a-z][a-z .]*|\\?%|\^\s*\{?\\circ\}?|°)\s*$"
+    r"(?i)(?<=[\d}])(?:\s*\\[ ,]?)?\s*(?:"
+    r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\?%|\^\s*\{?\\circ\}?|°|(?<=\s)[mgslh]"
+    r"|(?!\s*(?:hundred|thousand|million|billion|trillion|dozen|pi|tau|squared|cubed|factorial|or|and|to)\b)"
+    r"[a-z]{2}[a-z .]*"
+    r")\s*$"
 )
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ("*", "*"))
 
@@ -125,7 +130,7 @@ def _compare(answer: str, gold: str) -> str:
         numbers[0] = to_number(_TAIL_UNIT.sub("", answer))
     if None not in numbers:
         return "ok" if numbers[0] == numbers[1] else "wrong"
-    if _squeeze(answer) == _squeeze(gold):
+    if numbers[1] is None and _squeeze(answer) == _squeeze(gold):
         return "ok"
     from parallel_r1.rewards.math_pool import shared
 

@@ -135,8 +135,8 @@ class ForkJoin:
         self.end_ids = frozenset(end_ids)
         self.max_response_tokens = max_response_tokens
         self.chat = chat
-        self._join_cost = 1 + len(self.join_ids) + 1  # </Parallel>, join text, <Summary>
-        self._inside = [tags.path_open, tags.parallel_open, tags.parallel_close, *self.end_ids]
+        self.join_cost = 1 + len(self.join_ids) + 1  # </Parallel>, join text, <Summary>
+        self.inside = [tags.path_open, tags.parallel_open, tags.parallel_close, *self.end_ids]
 
     @classmethod
     def for_model(
@@ -236,7 +236,7 @@ class _Response:
         machine, config, out = self.machine, self.machine.config, self.out
         paths = self._count_paths(block)
         # each path: <Path>, at least one token, a closer; then the join, one summary token and its closer
-        after = machine._join_cost + 2
+        after = machine.join_cost + 2
         together = machine.max_response_tokens - len(out.token_ids) - after
         if config.max_block_tokens is not None:
             together = min(together, config.max_block_tokens)
@@ -252,7 +252,7 @@ class _Response:
 
         budget = min(config.max_summary_tokens, self._room() - 1)
         segment = Segment("summary", block)
-        request = self._request(segment, budget, [machine.tags.summary_close], machine._inside)
+        request = self._request(segment, budget, [machine.tags.summary_close], machine.inside)
         sampled = await self._decode(self.prompt + out.token_ids, request, segment)
         self._append_closed(sampled, machine.tags.summary_close)
         return True
@@ -260,7 +260,7 @@ class _Response:
     async def _path(self, prefix: list[int], budget: int, block: int, path: int) -> Sampled:
         """Decode one path; a request that fails is tried once more, then the path stays empty."""
         machine, config, segment = self.machine, self.machine.config, Segment("path", block, path)
-        request = self._request(segment, budget, [machine.tags.path_close], machine._inside)
+        request = self._request(segment, budget, [machine.tags.path_close], machine.inside)
         for name, value in (("temperature", config.path_temperature), ("top_p", config.path_top_p)):
             if value is not None:
                 request[name] = value[path % len(value)] if isinstance(value, list) else value
