@@ -27,7 +27,8 @@ def train(folder: Path, model: Path, problems: Path, *overrides: str) -> Path:
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     command = [sys.executable, "-m", "parallel_r1.training.rl", "quickstart_rl"]
     command += [f"data.train_files={problems}", f"data.val_files={problems}", "data.train_batch_size=4"]
-    command += ["data.max_prompt_length=128", "data.max_response_length=192", f"{rollout}.max_model_len=320"]
+    command += ["data.max_prompt_length=128", "data.max_response_length=192"]
+    command += [f"{rollout}.max_model_len=320", f"{rollout}.max_num_seqs=256"]
     command += [f"actor_rollout_ref.model.path={model}", f"{actor}.ppo_mini_batch_size=4"]
     command += [f"{actor}.ppo_micro_batch_size_per_gpu=8", f"{rollout}.log_prob_micro_batch_size_per_gpu=16"]
     command += [f"trainer.default_local_dir={folder / 'rl'}", "trainer.save_freq=-1"]

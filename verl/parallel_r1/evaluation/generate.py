@@ -160,7 +160,7 @@ def main() -> None:
     samples = asyncio.run(generate_samples(args.model, rows, config, seed=args.seed, samples=args.samples))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as path:
-        path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{sum(s['correct'] for s in samples)} of {len(samples)} correct")
 
 

@@ -147,7 +147,7 @@ class ParallelTrainer(PPOTrainerSync):
                 **extra["reward_extra_info"],
             }
             row["correct"] = bool(row.pop("acc"))
-            lines.append(json.dumps(row, ensure_ascii=False))
+            lines.append(json.dumps(row))  # ASCII: a model may write what some readers take for the end of a line
         folder = Path(rollout_data_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.global_steps}.jsonl").write_text("\n".join(lines) + "\n")
