@@ -82,7 +82,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
         command += ["--problems", str(data / "heldout.parquet"), "--out", str(out / f"{name}_samples.jsonl")]
         title = f"evaluation of the {name.upper()} checkpoint"
         command += ["--seed", seed, *[key for key in overrides if key.startswith("parallel_r1.")]]
-        return Stage(f"evaluate_{name}", title, command, 35, environment=CPU | FORK)
+        return Stage(f"evaluate_{name}", title, command, 30, environment=CPU | FORK)
 
     return [
         Stage(
@@ -106,7 +106,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             + [f"data.train_files={data / 'cold_start.parquet'}", f"model.path={model}", f"trainer.seed={seed}"]
             + [f"trainer.default_local_dir={out / 'sft'}", f"trainer.total_training_steps={s.sft_steps}"]
             + [f"trainer.save_freq={max(1, s.sft_steps // 2)}", *variant],
-            200,
+            120,
             metrics="sft",
             steps=s.sft_steps,
             environment=CPU,
@@ -124,7 +124,7 @@ def stages(out: Path, s: Settings, overrides: Sequence[str]) -> list[Stage]:
             + [f"trainer.default_local_dir={out / 'rl'}", f"trainer.rollout_data_dir={out / 'rollouts'}"]
             + [f"trainer.total_training_steps={s.rl_steps}", f"trainer.save_freq={s.save_every}"]
             + [f"parallel_r1.reward.switch_step={s.switch_step}", *overrides],
-            270,
+            220,
             metrics="rl",
             steps=s.rl_steps,
             environment=CPU,
