@@ -78,8 +78,10 @@ def test_paper_mode_is_another_policy_and_says_so(tmp_path: Path, model: Path, a
     metrics = load_training_metrics(
         [train(tmp_path, model, arithmetic / "train.parquet", "parallel_r1.fidelity=paper", "data.seed=2")]
     )
-    for region in ("path", "summary", "after"):
+    for region in ("summary", "after"):
         assert np.min(metrics.series(f"mismatch/{region}_max")[1]) > 1000 * BOUND, region
+    # a path differs only after an earlier block, and not every step has a second one
+    assert np.max(metrics.series("mismatch/path_max")[1]) > 1000 * BOUND
     # what both sides see alike stays exact: the difference is the mask, not the arithmetic
     assert np.max(metrics.series("mismatch/trunk_max")[1]) < BOUND
     assert np.min(metrics.series("mismatch/over_bound")[1]) == 1

@@ -53,8 +53,8 @@ def mismatch_metrics(
     """|engine - trainer| log-probability of sampled tokens in nats: mean and maximum, over all and per region.
 
     Regions are those of :func:`parallel_r1.structure.regions`: trunk before the first block, paths, summaries, and the
-    trunk after a block. "first_path" are the first paths of blocks: every engine and trainer sees the same context
-    there. A region without a sampled token is left out.
+    trunk after a block. "first_path" are the first paths of blocks, which have no earlier sibling. A region without a
+    sampled token is left out.
 
     Args:
         rows: per response ``(response_ids, sampled, engine_log_probs, trainer_log_probs)``, each (response_len,).
