@@ -212,10 +212,22 @@ class ProcessTree:
             time.sleep(STEP)
         self.scan()
         survivors = _end(self.living)
-        removed = _remove(self.segments)
+        removed = _remove(self.segments | self._orphaned_semaphores())
         if not survivors:
             self.record.unlink(missing_ok=True)
         return survivors, removed
+
+    def _orphaned_semaphores(self) -> set[Segment]:
+        """Semaphores of Python's multiprocessing that came up during the stage, by makers too short-lived to be seen.
+
+        A maker maps its semaphore for as long as it is of use, so :func:`_remove` spares those of other runs.
+        """
+        found = set()
+        for name, inode in _segments().keys() - self.before:
+            with contextlib.suppress(OSError):
+                if name.startswith("sem.mp-") and (SHM / name).stat().st_uid == os.getuid():
+                    found.add((name, inode))
+        return found
 
 
 def clean_up_after_crash(path: Path) -> CleanUp:
