@@ -23,10 +23,9 @@ from parallel_r1 import environment
 
 environment.prepare("cpu")
 
-import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from parallel_r1.rollout import vllm_kwargs  # noqa: E402
@@ -39,22 +38,12 @@ PHASES = ("trunk", "paths", "summary", "after")
 def make_model(out: Path) -> Path:
     """A random Qwen3 with a small tokenizer and the six tags."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_prep"))
-    from tiny_model import build_tokenizer
+    from tiny_model import build_model, build_tokenizer
 
     tokenizer = build_tokenizer(["How many fruits are there? 3 apples and 4 pears make 7."])
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    model = Qwen3ForCausalLM(config)
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+    model = build_model(tokenizer, 0, **sizes)
     add_tags(model, tokenizer)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -49,22 +49,25 @@ def build_tokenizer(texts: list[str], vocab_size: int = 384) -> PreTrainedTokeni
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A three-layer Qwen3 with random weights."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> Qwen3ForCausalLM:
+    """A three-layer Qwen3 with random weights; ``sizes`` are keys of its configuration that differ."""
     torch.manual_seed(seed)
+    tiny = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+    }
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **{**tiny, **sizes},
     )
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from models import sharp_model
 from parallel_r1 import attention
 from parallel_r1.attention import BLOCK, PackedStructure, dense_mask, structured_attention
+from parallel_r1.config import ATTENTION
 from parallel_r1.structure import Structure, annotate
 from parallel_r1.tags import TagIds
 
@@ -161,7 +162,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 def test_a_packed_model_equals_one_sequence_at_a_time(sharp: tuple[Path, TagIds], checkpointing: bool) -> None:
     path, tags = sharp
     attention.register()
-    packed_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
+    packed_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=ATTENTION)
     plain_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     if checkpointing:
         packed_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -108,7 +108,6 @@ def test_vllm_kwargs_are_plain_data(tiny_model: Path) -> None:
     kwargs = vllm_kwargs(tiny_model)
     assert json.loads(json.dumps(kwargs)) == kwargs
     assert kwargs["hf_overrides"]["parallel_r1"]["chat"] is not None
-    assert vllm_kwargs(tiny_model, prompt_tags=True)["hf_overrides"]["parallel_r1"]["chat"] is None
 
 
 @pytest.mark.parametrize(

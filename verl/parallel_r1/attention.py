@@ -1,7 +1,7 @@
 """Structure -> attention: a dense mask, or a packed batch whose attention never builds an n x n mask on a GPU.
 
 :func:`structured_attention` is an attention implementation for Hugging Face models, registered under the name
-:data:`NAME`. It takes several sequences packed into one row of N tokens and their :class:`PackedStructure`:
+:data:`ATTENTION`. It takes several sequences packed into one row of N tokens and their :class:`PackedStructure`:
 
 - on a GPU, FlexAttention with a block mask derived from the hidden ranges: memory O((N / 128)^2) for the block lists;
 - on a CPU, scaled-dot-product attention with a dense mask per sequence: O(batch * longest^2), not O(N^2).
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
+from parallel_r1.config import ATTENTION
 from parallel_r1.structure import Structure
 
-NAME = "parallel_r1"  # value of ``attn_implementation``
 BLOCK = 128  # tokens; FlexAttention's block size
 
 
@@ -161,7 +161,7 @@ def structured_attention(
     if structure is None or len(structure) != query.shape[2] or query.shape[0] != 1:
         found = "none" if structure is None else f"one of {len(structure)} tokens"
         raise ValueError(
-            f"attn_implementation={NAME!r} needs structure= with the structure of the packed row "
+            f"attn_implementation={ATTENTION!r} needs structure= with the structure of the packed row "
             f"{tuple(query.shape)}, found {found}; this model's forward may not pass keyword arguments on"
         )
     unsupported = {"dropout": dropout, "sliding_window": kwargs.get("sliding_window"), "s_aux": kwargs.get("s_aux")}
@@ -184,7 +184,7 @@ def structured_attention(
 
 
 def register() -> None:
-    """Make :data:`NAME` an ``attn_implementation`` of transformers; again is harmless."""
+    """Make :data:`ATTENTION` an ``attn_implementation`` of transformers; again is harmless."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, structured_attention)
+    AttentionInterface.register(ATTENTION, structured_attention)

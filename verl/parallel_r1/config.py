@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+ATTENTION = "parallel_r1"  # value of a model's ``attn_implementation`` (parallel_r1.attention)
+STRUCTURE_KEY = "parallel_r1_structure"  # key of a model's configuration, saved with checkpoints (parallel_r1.engine)
+
 Positive = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0)]
 TopP = Annotated[float, Field(gt=0, le=1)]

@@ -25,12 +25,12 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from parallel_r1 import attention
 from parallel_r1.chat import chat_format
+from parallel_r1.config import ATTENTION, STRUCTURE_KEY
 from parallel_r1.structure import Structure, annotate
 from parallel_r1.tags import tag_ids
 
 attention.register()
 
-STRUCTURE_KEY = "parallel_r1_structure"  # key of the model's configuration, saved with its checkpoints
 CHUNK = 1024  # tokens whose float32 logits exist at a time
 
 
@@ -51,7 +51,7 @@ class StructuredFSDPEngine(FSDPEngineWithLMHead):
         checkpoint_config: CheckpointConfig,
     ):
         config = model_config.hf_config
-        self.structured = config._attn_implementation == attention.NAME
+        self.structured = config._attn_implementation == ATTENTION
         if self.structured:
             _refuse(
                 {
@@ -162,4 +162,4 @@ def token_statistics(
 def _refuse(options: dict[str, bool]) -> None:
     used = [name for name, value in options.items() if value]
     if used:
-        raise ValueError(f"attn_implementation={attention.NAME} does not support {', '.join(used)}; turn it off")
+        raise ValueError(f"attn_implementation={ATTENTION} does not support {', '.join(used)}; turn it off")

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from parallel_r1 import environment
-from parallel_r1.config import ParallelConfig
+from parallel_r1.config import STRUCTURE_KEY, ParallelConfig
 from parallel_r1.report import replacing
 from parallel_r1.rewards.reward import score
 from parallel_r1.rewards.schedule import VALIDATION_RECIPE
@@ -41,11 +41,11 @@ def check_structure(model: Path, parallel: ParallelConfig) -> None:
     Raises:
         ValueError: it was trained with another variant or with prompt tags parsed otherwise.
     """
-    trained = json.loads((model / "config.json").read_text()).get(fidelity.STRUCTURE_KEY)
+    trained = json.loads((model / "config.json").read_text()).get(STRUCTURE_KEY)
     wanted = fidelity.structure_kind(parallel)
     if trained not in (None, wanted):
         raise ValueError(
-            f"{model} was trained with {fidelity.STRUCTURE_KEY}={trained}, but parallel_r1.variant={parallel.variant} "
+            f"{model} was trained with {STRUCTURE_KEY}={trained}, but parallel_r1.variant={parallel.variant} "
             f"with fidelity={parallel.fidelity} means {wanted}; evaluate it with the settings of its training"
         )
 

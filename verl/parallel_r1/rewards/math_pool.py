@@ -100,3 +100,10 @@ def shared() -> Comparer:
     comparer = Comparer()
     atexit.register(comparer.close)
     return comparer
+
+
+def release() -> None:
+    """End the pool of this process, if there is one; the next use makes another."""
+    if shared.cache_info().currsize:
+        shared().close()
+        shared.cache_clear()

@@ -52,10 +52,11 @@ def score(recipe: str, response: str, ground_truth: str, global_step: int = 0, g
     if not ground_truth or not str(ground_truth).strip():
         raise ValueError(f"the gold answer is {ground_truth!r}; there is nothing to grade against")
     name = recipes.in_force(recipe, global_step)
+    parsed = parse(response)
     if grader == "robust":
-        grade, violations = robust(response, str(ground_truth)), check(response)
+        grade, violations = robust(response, str(ground_truth)), parsed.violations
     else:
         form = recipes.load(name).reference or "math"
         grade, violations = reference(response, str(ground_truth), form), check(response, "reference")
     terms = recipes.pay(name, Response(response, grade, violations), global_step)
-    return RewardResult(sum(terms.values()), terms, grade, name, violations, parse(response).paths_per_block)
+    return RewardResult(sum(terms.values()), terms, grade, name, violations, parsed.paths_per_block)

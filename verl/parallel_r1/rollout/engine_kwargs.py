@@ -13,7 +13,7 @@ ARCHITECTURES = {
 }
 
 
-def vllm_kwargs(model_path: str | os.PathLike[str], *, prompt_tags: bool = False) -> dict[str, Any]:
+def vllm_kwargs(model_path: str | os.PathLike[str]) -> dict[str, Any]:
     """Keyword arguments for ``vllm.LLM(model_path, **kwargs)`` (or ``AsyncEngineArgs``) with structured attention.
 
     Sibling paths in a prompt are hidden from each other and share positions, exactly as
@@ -21,7 +21,6 @@ def vllm_kwargs(model_path: str | os.PathLike[str], *, prompt_tags: bool = False
 
     Args:
         model_path: Hugging Face model with the six tags (:func:`parallel_r1.tags.add_tags`).
-        prompt_tags: tags outside assistant turns count as well, as in the published code.
 
     Raises:
         ValueError: the architecture has no structured class, or the tags are missing.
@@ -40,7 +39,7 @@ def vllm_kwargs(model_path: str | os.PathLike[str], *, prompt_tags: bool = False
     if getattr(config, "use_sliding_window", False):
         raise ValueError(f"{model_path}: sliding-window attention is not supported; set use_sliding_window=false")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    chat = None if prompt_tags else chat_format(tokenizer)
+    chat = chat_format(tokenizer)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "hf_overrides": {

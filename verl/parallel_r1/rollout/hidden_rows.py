@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from parallel_r1.rollout.engine_kwargs import CONFIG_KEY
+
 ATTRIBUTE = "hidden_rows"  # of a step's attention metadata: HiddenRows, or None if nothing is hidden
 
 
@@ -46,6 +48,57 @@ def find(hidden: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Te
     request = torch.searchsorted(ends, row, right=True)
     key = seq_lens.long()[request] - (ends[request] - row)
     return HiddenRows(row, request, key, hidden[0, row].long(), hidden[1, row].long())
+
+
+class StructuredImpl:
+    """Mix-in before an attention implementation of vLLM: stock attention, then the rows with hidden keys again.
+
+    For a stock model it changes nothing; a subclass has ``attend_hidden``.
+
+    Raises:
+        ValueError: on construction, a structured model with an attention feature that ``attend_hidden`` leaves out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        from vllm.config import get_current_vllm_config
+
+        super().__init__(*args, **kwargs)
+        self.structured = hasattr(get_current_vllm_config().model_config.hf_config, CONFIG_KEY)
+        refused = {
+            "a sliding window": self.sliding_window not in (-1, (-1, -1)),
+            "ALiBi": self.alibi_slopes is not None,
+            "attention sinks": self.sinks is not None,
+            "soft capping": bool(self.logits_soft_cap),
+        }
+        if self.structured and any(refused.values()):
+            found = ", ".join(name for name, used in refused.items() if used)
+            raise ValueError(f"structured attention does not support {found}")
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        result = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        if self.structured and attn_metadata is not None:
+            rows: HiddenRows | None = getattr(attn_metadata, ATTRIBUTE)  # missing: the mask was skipped, so fail
+            if rows is not None:
+                query, output = (x.view(-1, self.num_heads, self.head_size) for x in (query, output))
+                self.attend_hidden(query, kv_cache, attn_metadata, rows, output)
+        return result
+
+    def attend_hidden(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, rows: HiddenRows, output: torch.Tensor
+    ) -> None:
+        """Overwrite ``rows`` of ``output``; query and output are (tokens, heads, head_dim)."""
+        raise NotImplementedError
 
 
 def publish(hidden: torch.Tensor, metadata: Any) -> None:

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from vllm import _custom_ops as ops
-from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from parallel_r1.rollout.engine_kwargs import CONFIG_KEY
-from parallel_r1.rollout.hidden_rows import ATTRIBUTE, HiddenRows
+from parallel_r1.rollout.hidden_rows import HiddenRows, StructuredImpl
 
 SCORES = 2**25  # query-key pairs per batch and head; bounds the memory of a step
 
@@ -28,42 +26,13 @@ class StructuredCPUAttentionBackend(CPUAttentionBackend):
         return StructuredCPUAttentionImpl
 
 
-class StructuredCPUAttentionImpl(CPUAttentionBackendImpl):
-    """Stock attention, for stock models too; a structured model's steps carry their hidden rows."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.structured = hasattr(get_current_vllm_config().model_config.hf_config, CONFIG_KEY)
-        if self.structured and (self.sliding_window != -1 or self.alibi_slopes is not None or self.sinks is not None):
-            raise ValueError("structured attention supports no sliding window, ALiBi or attention sinks")
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        if self.structured and attn_metadata is not None:
-            rows: HiddenRows | None = getattr(attn_metadata, ATTRIBUTE)  # missing: the mask was skipped, so fail
-            if rows is not None:
-                self._attend(query, kv_cache, attn_metadata, rows, output)
-        return output
-
-    def _attend(
+class StructuredCPUAttentionImpl(StructuredImpl, CPUAttentionBackendImpl):
+    def attend_hidden(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, rows: HiddenRows, output: torch.Tensor
     ) -> None:
         blocks, heads, size, _ = kv_cache.shape
         caches = kv_cache.view(blocks, heads, 2 * size, self.head_size).chunk(2, dim=2)
         layouts = cache_layout(kv_cache.dtype, size, self.head_size, self.isa)
-        query = query.view(-1, self.num_heads, self.head_size)
-        output = output.view(-1, self.num_heads, self.head_size)
         for batch in _batches(metadata, rows, size):
             keys, values = (
                 read_cache(cache, batch.blocks, layout) for cache, layout in zip(caches, layouts, strict=True)

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from parallel_r1.rollout.engine_kwargs import CONFIG_KEY
-from parallel_r1.rollout.hidden_rows import ATTRIBUTE, HiddenRows
+from parallel_r1.rollout.hidden_rows import HiddenRows, StructuredImpl
 
 
 @dataclass(frozen=True)
@@ -115,43 +114,17 @@ def attend(
 
 def backend() -> type:
     """The backend class; built on first use, as its base imports GPU kernels."""
-    from vllm.config import get_current_vllm_config
     from vllm.v1.attention.backends import flash_attn
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-    class StructuredFlashAttentionImpl(flash_attn.FlashAttentionImpl):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.structured = hasattr(get_current_vllm_config().model_config.hf_config, CONFIG_KEY)
-            plain = self.sliding_window == (-1, -1) and self.alibi_slopes is None and self.sinks is None
-            if self.structured and not (plain and not self.logits_soft_cap):
-                raise ValueError(
-                    "structured attention supports no sliding window, ALiBi, attention sinks or soft capping"
-                )
-
-        def forward(
-            self,
-            layer: Any,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            kv_cache: torch.Tensor,
-            attn_metadata: Any,
-            output: torch.Tensor,
-            *args: Any,
-            **kwargs: Any,
-        ) -> torch.Tensor:
-            result = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            if not self.structured or attn_metadata is None:
-                return result
-            rows: HiddenRows | None = getattr(attn_metadata, ATTRIBUTE)  # missing: the mask was skipped, so fail
-            if rows is None:
-                return result
+    class StructuredFlashAttentionImpl(StructuredImpl, flash_attn.FlashAttentionImpl):
+        def attend_hidden(
+            self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, rows: HiddenRows, output: torch.Tensor
+        ) -> None:
             keys, values = kv_cache.unbind(1)
-            segments = getattr(attn_metadata, "hidden_segments", None)
-            if segments is None:
-                segments = make_segments(rows, attn_metadata.block_table, keys.shape[1])
-                attn_metadata.hidden_segments = segments
+            segments = getattr(metadata, "hidden_segments", None)
+            if segments is None:  # the first layer of a step; the others use the same
+                segments = metadata.hidden_segments = make_segments(rows, metadata.block_table, keys.shape[1])
             attend(
                 flash_attn.flash_attn_varlen_func,
                 merge_attn_states,
@@ -159,11 +132,10 @@ def backend() -> type:
                 keys,
                 values,
                 segments,
-                output.view(-1, self.num_heads, self.head_size),
+                output,
                 self.scale,
                 fa_version=self.vllm_flash_attn_version,
             )
-            return result
 
     class StructuredFlashAttentionBackend(flash_attn.FlashAttentionBackend):
         @staticmethod

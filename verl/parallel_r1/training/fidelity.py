@@ -19,12 +19,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from parallel_r1.config import ParallelConfig
+from parallel_r1.config import ATTENTION, STRUCTURE_KEY, ParallelConfig
 from parallel_r1.rewards import schedule
 from parallel_r1.rollout import vllm_kwargs
-
-ATTENTION = "parallel_r1"  # parallel_r1.attention.NAME, which imports torch
-STRUCTURE_KEY = "parallel_r1_structure"  # as in parallel_r1.engine.fsdp
 
 
 def parallel_config(config: DictConfig) -> ParallelConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
+from parallel_r1.rewards import math_pool
 from parallel_r1.rewards.grading import gold_problem, reference
 
 MAX_BAD_SHARE = 0.005
@@ -39,10 +40,13 @@ def check(config: DictConfig, grader: str) -> None:
     Raises:
         ValueError: more than 0.5% of the rows of a file have a gold answer that cannot be graded, or a file has none.
     """
-    for key in ("train_files", "val_files"):
-        names = config.data[key]
-        for name in dict.fromkeys([names] if isinstance(names, str) else names):
-            _check_file(Path(name).expanduser(), grader)
+    try:
+        for key in ("train_files", "val_files"):
+            names = config.data[key]
+            for name in dict.fromkeys([names] if isinstance(names, str) else names):
+                _check_file(Path(name).expanduser(), grader)
+    finally:
+        math_pool.release()  # a run lasts days, and its rewards are computed in other processes
 
 
 def _check_file(path: Path, grader: str) -> None:
